@@ -1,0 +1,271 @@
+"""Arrow schemas of all tables: the contract between the stages. Read this first.
+
+A table is a Parquet file or a folder of Parquet files. Fractions lie in [0, 1], ``num_*`` are
+counts, ``*_s`` seconds, ``*_bytes`` bytes. A chunk is a run of consecutive whole rows of a tensor's
+2-D view, at most 2^22 elements, starting at a multiple of 64 elements (``start`` is its first
+element in the flat tensor); all trials of a base share the same chunks.
+"""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rlsparse.errors import TableError
+
+SCHEMA_VERSION = "1"
+
+ABS_TOLERANCES: tuple[str, ...] = ("1e-08", "1e-07", "1e-06", "1e-05", "1e-04")
+REL_TOLERANCE = "1e-03"
+DEFINITIONS: tuple[str, ...] = (
+    "bitwise",
+    *(f"abs_{tau}" for tau in ABS_TOLERANCES),
+    f"rel_{REL_TOLERANCE}",
+)
+"""The definitions of *unchanged*, the primary one first."""
+
+VIEWS: tuple[str, ...] = ("stored", "fp32", "bf16", "fp16", "fp8_e4m3")
+
+MODULES: tuple[str, ...] = (
+    "q", "k", "v", "o", "qkv", "gate", "up", "gate_up", "down",
+    "router", "norm", "embed", "head", "bias", "other",
+)  # fmt: skip
+
+ULP_BINS: tuple[str, ...] = (
+    "1", "2", "3-4", "5-8", "9-16", "17-32", "33-64", "65-128", "129-256", ">256",
+)  # fmt: skip
+"""Labels of ``ulp_histogram``: distance of a changed weight in representable values."""
+
+MIN_EXPONENT, MAX_EXPONENT = -40, 15
+NUM_EXPONENTS = MAX_EXPONENT - MIN_EXPONENT + 1
+NUM_MAGNITUDE_BINS = 1 + 2 * NUM_EXPONENTS
+"""Length of ``magnitude_histogram``: bin 0 counts zeros; bin ``1 + (e - MIN_EXPONENT)`` weights
+with 2^e < |w| < 2^(e+1); bin ``1 + NUM_EXPONENTS + (e - MIN_EXPONENT)`` those with |w| = 2^e
+exactly (their rounding gap downwards is half as wide). Exponents are clipped to the range;
+non-finite weights are in no bin."""
+
+_counts = pa.list_(pa.int64())
+_key = [("tensor", pa.string()), ("layer", pa.int32()), ("module", pa.string())]
+_chunk = [("chunk", pa.int32()), ("start", pa.int64()), ("num_elements", pa.int64())]
+
+
+def _schema(fields: list[tuple[str, pa.DataType]]) -> pa.Schema:
+    return pa.schema(fields, metadata={"rlsparse_schema": SCHEMA_VERSION})
+
+
+SCHEMAS: dict[str, pa.Schema] = {
+    # One row per planned trial, failed ones included. A column `factor.<path>` per factor, holding
+    # the level's label (null where the factor does not exist for the trial), follows these.
+    "trials": _schema(
+        [
+            ("trial_id", pa.string()),
+            ("status", pa.string()),  # planned, running, finished, failed
+            ("error", pa.string()),
+            ("cell", pa.string()),  # JSON object: factor path -> level label
+            ("algorithm", pa.string()),
+            ("seed", pa.int64()),
+            ("replicate", pa.int32()),
+            ("role", pa.string()),  # baseline, factor, control, surrogate
+            ("control", pa.string()),  # lr_zero, same_seed, lr_times_3, or null
+            ("precision", pa.string()),
+            ("learning_rate", pa.float64()),
+            ("num_steps", pa.int64()),
+            ("score_base", pa.float64()),
+            ("score_before", pa.float64()),
+            ("score_after", pa.float64()),
+            ("num_eval_problems", pa.int64()),
+            ("gate_ratio", pa.float64()),  # 256 * learning_rate / median |w|
+            ("num_clipped_steps", pa.int64()),
+            ("kl_final", pa.float64()),
+            ("patch_bytes", pa.int64()),
+            ("wall_s", pa.float64()),
+            ("cpu_s", pa.float64()),
+            ("peak_bytes", pa.int64()),
+            ("attempts", pa.int32()),
+            ("host", pa.string()),
+            ("versions", pa.string()),  # JSON object
+        ]
+    ),
+    # One row per optimizer step, and step 0 with the score before training. `score` is null except
+    # at snapshots.
+    "steps": _schema(
+        [
+            ("trial_id", pa.string()),
+            ("step", pa.int64()),
+            ("loss", pa.float64()),
+            ("reward", pa.float64()),
+            ("kl", pa.float64()),
+            ("entropy", pa.float64()),
+            ("grad_norm", pa.float64()),  # before clipping
+            ("clipped_fraction", pa.float64()),  # share of optimizer steps clipped since last row
+            ("learning_rate", pa.float64()),
+            ("num_tokens", pa.int64()),  # cumulative
+            ("data_nll", pa.float64()),
+            ("score", pa.float64()),
+        ]
+    ),
+    "base_tensors": _schema(
+        [
+            ("base", pa.string()),
+            *_key,
+            ("shape", pa.list_(pa.int64())),
+            ("dtype", pa.string()),
+            *_chunk,
+            ("sum_sq", pa.float64()),
+            ("magnitude_histogram", _counts),
+        ]
+    ),
+    # One row per trial x snapshot x view x tensor chunk; step_before is 0, the base.
+    "tensor_deltas": _schema(
+        [
+            ("trial_id", pa.string()),
+            ("step_before", pa.int64()),
+            ("step_after", pa.int64()),
+            ("view", pa.string()),
+            *_key,
+            ("dtype", pa.string()),
+            *_chunk,
+            *((f"num_changed_{name}", pa.int64()) for name in DEFINITIONS),
+            ("ulp_histogram", _counts),
+            ("magnitude_histogram_changed", _counts),
+            ("sum_sq_delta", pa.float64()),
+            ("sum_abs_delta", pa.float64()),
+            ("max_abs_delta", pa.float64()),
+            ("num_sign_flips", pa.int64()),
+            ("num_nonfinite", pa.int64()),
+        ]
+    ),
+    # Packed masks of bitwise change: bit i of byte j is element start + 8 * j + i.
+    "masks": _schema(
+        [
+            ("trial_id", pa.string()),
+            ("step", pa.int64()),
+            ("kind", pa.string()),  # final, snapshot, ever_changed
+            ("view", pa.string()),
+            *_key,
+            *_chunk,
+            ("mask", pa.large_binary()),
+        ]
+    ),
+    # One row per unordered pair of trials (trial_a < trial_b) x module (null = all weights).
+    # The expected_* are counts expected for num_both under each null.
+    "overlaps": _schema(
+        [
+            ("trial_a", pa.string()),
+            ("step_a", pa.int64()),
+            ("trial_b", pa.string()),
+            ("step_b", pa.int64()),
+            ("definition", pa.string()),
+            ("view", pa.string()),
+            ("tensor", pa.string()),
+            ("module", pa.string()),
+            ("num_elements", pa.int64()),
+            ("num_a", pa.int64()),
+            ("num_b", pa.int64()),
+            ("num_both", pa.int64()),
+            ("expected_uniform", pa.float64()),
+            ("expected_tensor", pa.float64()),
+            ("expected_magnitude", pa.float64()),
+        ]
+    ),
+    "effects": _schema(
+        [
+            ("response", pa.string()),
+            ("factor", pa.string()),
+            ("level", pa.string()),
+            ("reference", pa.string()),
+            ("within", pa.string()),  # JSON object: the other factors, held fixed
+            ("method", pa.string()),
+            ("scale", pa.string()),  # of the estimate: log_odds, log, identity
+            ("estimate", pa.float64()),
+            ("ci_low", pa.float64()),
+            ("ci_high", pa.float64()),
+            ("ci_level", pa.float64()),
+            ("p_value", pa.float64()),
+            ("p_adjusted", pa.float64()),  # Holm, over the rows of one response and factor
+            ("num_runs", pa.int64()),  # matched pairs
+        ]
+    ),
+    "claims": _schema(
+        [
+            ("id", pa.string()),
+            ("source", pa.string()),
+            ("kind", pa.string()),
+            ("statistic", pa.string()),
+            ("scope", pa.string()),
+            ("registered", pa.string()),  # registered, post hoc, extended
+            ("verdict", pa.string()),  # supported, refuted, undecided
+            ("estimate", pa.float64()),
+            ("ci_low", pa.float64()),
+            ("ci_high", pa.float64()),
+            ("margin", pa.float64()),
+            ("p_value", pa.float64()),
+            ("p_floor", pa.float64()),
+            ("num_runs", pa.int64()),
+            ("depends_on_definition", pa.bool_()),
+            ("note", pa.string()),
+        ]
+    ),
+}
+
+
+def check(table: pa.Table, name: str) -> pa.Table:
+    """Return ``table`` with the columns of schema ``name`` first, in order, cast and stamped.
+
+    Further columns are kept behind them.
+
+    Raises:
+        TableError: a column is missing or cannot be cast.
+    """
+    schema = SCHEMAS[name]
+    missing = [field for field in schema.names if field not in table.column_names]
+    if missing:
+        raise TableError(f"table {name} lacks the columns {missing}")
+    extra = [
+        table.schema.field(column) for column in table.column_names if column not in schema.names
+    ]
+    full = pa.schema([*schema, *extra], metadata=schema.metadata)
+    try:
+        return table.select(full.names).cast(full)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+        raise TableError(f"table {name} does not fit its schema: {error}") from error
+
+
+def from_rows(rows: list[dict[str, object]], name: str) -> pa.Table:
+    """Make table ``name`` of ``rows``; keys beyond the schema become further columns."""
+    if not rows:
+        return SCHEMAS[name].empty_table()
+    extra = {key: None for row in rows for key in row if key not in SCHEMAS[name].names}
+    columns = {
+        field.name: pa.array([row.get(field.name) for row in rows], type=field.type)
+        for field in SCHEMAS[name]
+    }
+    columns |= {key: pa.array([row.get(key) for row in rows]) for key in extra}
+    return check(pa.table(columns), name)
+
+
+def write(table: pa.Table, name: str, path: Path) -> None:
+    """Write table ``name`` to the Parquet file ``path`` (not atomic: callers rename)."""
+    pq.write_table(check(table, name), path, compression="zstd")
+
+
+def read(path: Path, name: str) -> pa.Table:
+    """Read table ``name`` from a Parquet file, or from a folder of them (in file-name order).
+
+    Raises:
+        TableError: nothing is there, or it was written under another schema version.
+    """
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not path.exists():
+        raise TableError(f"no table {name} at {path}; run the study, or `rlsparse report` on it")
+    if not files:
+        return SCHEMAS[name].empty_table()
+    parts = [pq.read_table(file, partitioning=None) for file in files]
+    for file, part in zip(files, parts, strict=True):
+        version = (part.schema.metadata or {}).get(b"rlsparse_schema", b"none").decode()
+        if version != SCHEMA_VERSION:
+            raise TableError(
+                f"{file} has schema version {version}, this release reads {SCHEMA_VERSION}; "
+                "run the study again to rebuild its tables"
+            )
+    return check(pa.concat_tables(parts, promote_options="default"), name)
