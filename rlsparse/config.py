@@ -45,7 +45,7 @@ class ChainSumConfig(Config):
     num_terms: int = Field(3, ge=2, le=6)
     num_digits: int = Field(1, ge=1, le=4)
     num_shots: int = Field(0, ge=0, le=8)
-    num_train_problems: int = Field(1024, ge=1)
+    num_train_problems: int = Field(768, ge=1)
     num_eval_problems: int = Field(512, ge=1)
     max_completion_tokens: int = Field(6, ge=1)
 

@@ -236,7 +236,8 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
 
 def _plain(node: Any) -> Any:
     if isinstance(node, dict):
-        return {str(key): _plain(value) for key, value in node.items()}
+        # YAML reads the key `null` (the field of a claim) as the value null.
+        return {"null" if k is None else str(k): _plain(v) for k, v in node.items()}
     if isinstance(node, list):
         return [_plain(value) for value in node]
     for kind in (bool, int, float, str):
@@ -288,7 +289,7 @@ def _explain(error: Any, document: Any, path: Path) -> str:
             part in node if isinstance(node, dict) else isinstance(part, int) and part < len(node)
         )
         if inside:
-            line = (node.lc.value(part) if isinstance(part, int) else node.lc.key(part))[0] + 1
+            line = (node.lc.item(part) if isinstance(part, int) else node.lc.key(part))[0] + 1
             node = node[part]
             shown.append(str(part))
         elif isinstance(part, str) and any(_tag(c) == part for c in candidates):

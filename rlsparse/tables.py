@@ -44,6 +44,17 @@ with 2^e < |w| < 2^(e+1); bin ``1 + NUM_EXPONENTS + (e - MIN_EXPONENT)`` those w
 exactly (their rounding gap downwards is half as wide). Exponents are clipped to the range;
 non-finite weights are in no bin."""
 
+EVER_CHANGED = "ever_changed.mask.safetensors"
+"""File of a trial: every weight that differed from the base after any step."""
+SUMMARY = "summary.json"
+"""File of a trial: what it ended with, one number per key."""
+
+
+def snapshot_folder(step: int) -> str:
+    """Folder of a trial that holds the patch of one snapshot."""
+    return f"snapshots/step-{step:06d}"
+
+
 _counts = pa.list_(pa.int64())
 _key = [("tensor", pa.string()), ("layer", pa.int32()), ("module", pa.string())]
 _chunk = [("chunk", pa.int32()), ("start", pa.int64()), ("num_elements", pa.int64())]

@@ -1,0 +1,1 @@
+"""The plumbing: spreads ``rlsparse`` over a cluster with Ray and keeps MLflow up to date."""

@@ -1,0 +1,137 @@
+"""Builds the small tables of a study from what its trials left: trials, steps, effects, claims."""
+
+import json
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.diff import read_parts, write_table
+from pipelines.plan import Plan
+from rlsparse import tables
+from rlsparse.claims import judge
+from rlsparse.config import canonical_json
+from rlsparse.effects import effects, responses
+from rlsparse.errors import RlsparseError
+from rlsparse.patch import PATCH_FILE, Patch
+from rlsparse.study import Trial
+from rlsparse.tables import SUMMARY, snapshot_folder
+
+SMALL_TABLES = ("trials", "steps", "overlaps", "effects", "claims")
+"""Tables that are one file each; the others are a folder with one part per trial or base."""
+
+
+def trials_table(plan: Plan) -> pa.Table:
+    """Table ``trials``: every trial of the plan, failed and missing ones too.
+
+    Further columns: ``config`` (JSON of the resolved trial), ``label``, and ``factor.<path>`` with
+    the level of each factor that the trial has.
+    """
+    rows = []
+    for trial in plan.trials:
+        entry = plan.ledger.get(trial.trial_id)
+        row: dict[str, Any] = {
+            "trial_id": trial.trial_id,
+            "status": entry.status,
+            "error": entry.error,
+            "cell": canonical_json(trial.cell),
+            "algorithm": trial.config.algorithm.name,
+            "seed": trial.config.seed,
+            "replicate": trial.replicate,
+            "role": trial.role,
+            "control": trial.control,
+            "precision": trial.config.train.precision,
+            "learning_rate": trial.config.train.learning_rate,
+            "num_steps": trial.config.train.num_steps,
+            "attempts": entry.attempts,
+            "host": entry.host,
+            "versions": canonical_json(entry.versions),
+            "config": canonical_json(trial.config.model_dump(mode="json")),
+            "label": trial.label,
+            **{f"factor.{path}": trial.cell.get(path) for path in plan.study.factors},
+        }
+        if entry.status == "finished":
+            row |= plan.storage.read_json(f"trials/{trial.trial_id}/{SUMMARY}")
+        rows.append(row)
+    return tables.from_rows(rows, "trials")
+
+
+def steps_table(plan: Plan) -> pa.Table:
+    """Table ``steps`` of all finished trials, in the order of the plan."""
+    parts = [tables.SCHEMAS["steps"].empty_table()]
+    for trial in plan.finished():
+        with plan.storage.local_copy(f"trials/{trial.trial_id}/steps.parquet") as path:
+            parts.append(tables.read(path, "steps"))
+    return pa.concat_tables(parts)
+
+
+def identical_replicates(plan: Plan) -> dict[str, bool]:
+    """Same-seed rerun -> whether all its patches equal the original's, bit for bit."""
+    finished = plan.finished()
+    originals = {t.config: t for t in finished if t.replicate == 0}
+    return {
+        trial.trial_id: _weights(plan, trial) == _weights(plan, originals[trial.config])
+        for trial in finished
+        if trial.replicate > 0 and trial.config in originals
+    }
+
+
+def run(plan: Plan, overlaps: pa.Table, registered: dict[str, str]) -> dict[str, pa.Table]:
+    """All tables of the study; the small ones are written.
+
+    Args:
+        plan: the study; its diff tables must be there.
+        overlaps: table of that name.
+        registered: claim id -> registered, post hoc or extended.
+    """
+    finished = [trial.trial_id for trial in plan.finished()]
+    bases = sorted({plan.base(trial).fingerprint[:12] for trial in plan.finished()})
+    result = {
+        "trials": trials_table(plan),
+        "steps": steps_table(plan),
+        "base_tensors": read_parts(plan.storage, "base_tensors", bases),
+        "tensor_deltas": read_parts(plan.storage, "tensor_deltas", finished),
+        "overlaps": overlaps,
+    }
+    trials, steps, deltas = (result[name] for name in ("trials", "steps", "tensor_deltas"))
+    frame = responses(trials, steps, deltas, plan.study.default_view)
+    result["effects"] = effects(plan.study, trials, frame)
+    result["claims"] = judge(
+        plan.study, registered, trials, steps, deltas, overlaps, identical_replicates(plan)
+    )
+    for name in SMALL_TABLES:
+        write_table(plan.storage, result[name], name, f"{name}.parquet")
+    return result
+
+
+def read_small(plan: Plan, name: str) -> pa.Table:
+    """A small table as it was written last."""
+    with plan.storage.local_copy(f"tables/{name}.parquet") as path:
+        return tables.read(path, name)
+
+
+def registration(plan: Plan) -> dict[str, str]:
+    """Claim id -> registered, post hoc or extended, from what ``study.json`` froze.
+
+    A claim that was not there, or reads differently now, is post hoc; one whose study got seeds
+    after a verdict is extended.
+    """
+    frozen = plan.storage.read_json("study.json")["registered"]
+    result = {}
+    for claim in plan.study.claims:
+        known = frozen["claims"].get(claim.id) == claim.model_dump(mode="json")
+        more_seeds = set(plan.study.seeds) - set(frozen["seeds"])
+        result[claim.id] = "post hoc" if not known else "extended" if more_seeds else "registered"
+    return result
+
+
+def _weights(plan: Plan, trial: Trial) -> str:
+    """What identifies the weights of all snapshots: checksums of every tensor."""
+    sums = []
+    for step in trial.config.snapshot_steps:
+        name = f"trials/{trial.trial_id}/{snapshot_folder(step)}/{PATCH_FILE}"
+        with plan.storage.local_copy(name) as path:
+            tensors = Patch.open(path).tensors
+            sums.append({tensor: entry.sha256 for tensor, entry in tensors.items()})
+    if not sums:
+        raise RlsparseError(f"trial {trial.trial_id} has no snapshots")
+    return json.dumps(sums, sort_keys=True)

@@ -1,0 +1,314 @@
+"""The command ``rlsparse``. Heavy libraries are imported by the command that needs them."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rlsparse.errors import ConfigError, RlsparseError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from pipelines.plan import Plan
+
+app = typer.Typer(
+    help="How reinforcement learning changes the weights of language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+mlflow_app = typer.Typer(help="MLflow as a projection of the files.", no_args_is_help=True)
+app.add_typer(mlflow_app, name="mlflow")
+
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.yaml", show_default=False)]
+StorageUrl = Annotated[str, typer.Option(help="Folder or URL under which studies lie.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="k=v", help="Change a value of the study.")
+]
+
+
+def main() -> None:
+    """Entry point: our own errors become one clear line and exit code 1."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except RlsparseError as error:
+        print(f"rlsparse: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+@app.command()
+def run(
+    study: StudyFile,
+    storage: StorageUrl = "runs",
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster; default: Ray on this machine.")
+    ] = None,
+    overrides: Overrides = None,
+    only: Annotated[str | None, typer.Option(help="Run just this trial (id or prefix).")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print trials, time and bytes; write nothing.")
+    ] = False,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="Exit 0 although trials failed.")
+    ] = False,
+    allow_mixed: Annotated[
+        bool, typer.Option("--allow-mixed", help="Add to trials of other versions or hardware.")
+    ] = False,
+) -> None:
+    """Run a study, all stages. Give the command again to resume: only what is left runs."""
+    from rlsparse.study import load_study
+
+    loaded = load_study(study, overrides or [])
+    from pipelines.plan import make_plan
+
+    plan = make_plan(loaded, storage, only)
+    if dry_run:
+        _print_dry_run(plan)
+        return
+    from pipelines.study import interrupted_says_how_to_resume, run_study
+
+    errors = Console(stderr=True)
+    with interrupted_says_how_to_resume(errors):
+        tables = run_study(
+            plan, console=errors, address=address, only=only, allow_mixed=allow_mixed
+        )
+    if only is None:
+        _print_results(plan, tables)
+    wanted = [t for t in plan.trials if only is None or t.trial_id.startswith(only)]
+    entries = plan.entries()
+    missing = [t for t in wanted if entries[t.trial_id].status != "finished"]
+    for trial in missing:
+        entry = entries[trial.trial_id]
+        errors.print(
+            f"{entry.status}: {trial.label} ({trial.trial_id}): {entry.error or 'not run'}",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    if missing and not allow_missing:
+        raise SystemExit(1)
+
+
+@app.command()
+def status(
+    study: Annotated[str, typer.Argument(metavar="STUDY.yaml|DIR", show_default=False)],
+    storage: StorageUrl = "runs",
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Say what is done, running, failed and left, and why trials failed."""
+    plan = _plan_of(study, storage)
+    rows: list[dict[str, Any]] = []
+    for trial in plan.trials:
+        entry = plan.ledger.get(trial.trial_id)
+        rows.append(
+            {
+                "trial_id": trial.trial_id,
+                "label": trial.label,
+                "status": entry.status,
+                "attempts": entry.attempts,
+                "error": entry.error,
+            }
+        )
+    names = ("finished", "running", "failed", "planned")
+    counts = {name: sum(row["status"] == name for row in rows) for name in names}
+    if as_json:
+        print(json.dumps({"study": plan.study.name, "counts": counts, "trials": rows}, indent=1))
+        return
+    print(
+        f"{plan.study.name}: {counts['finished']}/{len(rows)} done, {counts['running']} running, "
+        f"{counts['failed']} failed, {counts['planned']} left"
+    )
+    for row in rows:
+        if row["status"] != "finished":
+            line = f"  {row['status']:8} {row['trial_id']} {row['label']} {row['error'] or ''}"
+            print(line.rstrip())
+
+
+@app.command()
+def report(
+    folder: Annotated[str, typer.Argument(metavar="DIR", show_default=False)],
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Also write report.json here.")
+    ] = None,
+) -> None:
+    """Build tables and report again from the trials of a study."""
+    from pipelines.study import rebuild
+
+    plan = _plan_of(folder, "")
+    _print_results(plan, rebuild(plan, console=Console(stderr=True)))
+    if json_path is not None:
+        json_path.write_bytes(plan.storage.read_bytes("report/report.json"))
+
+
+@app.command()
+def diff(
+    before: Annotated[Path, typer.Argument(metavar="BEFORE", show_default=False)],
+    after: Annotated[Path, typer.Argument(metavar="AFTER", show_default=False)],
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the result here; - is standard output.")
+    ] = None,
+    cast: Annotated[
+        str | None, typer.Option(help="Compare in this number format, such as bf16.")
+    ] = None,
+) -> None:
+    """Say what changed between two checkpoints (folders or files of safetensors)."""
+    from rlsparse.diff import diff_checkpoints
+
+    result = diff_checkpoints(before, after, cast=cast).to_json()
+    if json_path == Path("-"):
+        print(json.dumps(result))
+        return
+    if json_path is not None:
+        json_path.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    _print_diff(result)
+
+
+@app.command("make-base")
+def make_base(
+    out: Annotated[Path, typer.Argument(metavar="DIR", show_default=False)],
+) -> None:
+    """Pretrain the tiny base model that ships with the project again (about two minutes)."""
+    from rlsparse.pretrain import PretrainConfig, pretrain
+
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty; give a new folder")
+    errors = Console(stderr=True)
+    score = pretrain(
+        PretrainConfig(),
+        out,
+        lambda step, loss: errors.print(f"step {step}: loss {loss:.3f}", highlight=False),
+    )
+    print(
+        f"{out}: {score.num_correct:.0f} of {score.num_problems} held-out problems right (greedy)"
+    )
+
+
+@mlflow_app.command("sync")
+def mlflow_sync(folder: Annotated[str, typer.Argument(metavar="DIR", show_default=False)]) -> None:
+    """Bring MLflow up to date with the files of a study; may be repeated."""
+    from pipelines.tracking import Tracker, tracking_uri
+
+    plan = _plan_of(folder, "")
+    tracker = Tracker(plan)
+    tracker.sync()
+    tracker.sync_results()
+    print(f"{plan.study.name} is in {tracking_uri(plan)}")
+
+
+# --- helpers of the commands -----------------------------------------------------------------
+
+
+def _plan_of(place: str, storage: str) -> "Plan":
+    """The plan of a study file, or of the folder of a study that has run."""
+    from pipelines.plan import make_plan
+    from pipelines.storage import Storage
+    from rlsparse.study import Study, load_study
+
+    if place.endswith((".yaml", ".yml")):
+        return make_plan(load_study(place), storage)
+    folder = Storage(place)
+    if not folder.exists("study.json"):
+        raise ConfigError(
+            f"{place} is no study: no study.json in it; give a study file, or the folder that "
+            "`rlsparse run` made"
+        )
+    study: Study = Study.model_validate(folder.read_json("study.json")["study"])
+    return make_plan(study, folder.url.rstrip("/").rpartition("/")[0])
+
+
+def _print_dry_run(plan: "Plan") -> None:
+    from pipelines.plan import patch_bytes, wall_seconds
+    from rlsparse.study import collapsed_factors
+
+    cells: dict[tuple[str, str], list[str]] = {}
+    for trial in plan.trials:
+        key = (trial.control or "", ", ".join(f"{k}={v}" for k, v in trial.cell.items()))
+        cells.setdefault(key, []).append(trial.trial_id)
+    print(f"{plan.study.name}: {plan.study.question}")
+    for (control, cell), names in cells.items():
+        print(f"  {len(names)} x {cell or 'baseline'}{f' [{control}]' if control else ''}: "
+              f"{' '.join(names)}")  # fmt: skip
+    for path, algorithms in collapsed_factors(plan.study).items():
+        print(f"  {path} does not exist for {', '.join(algorithms)}: those cells are one")
+    total = sum(patch_bytes(t.config, plan.base(t).num_weights) for t in plan.trials)
+    seconds = wall_seconds(plan, os.cpu_count() or 1)
+    finished = len(plan.finished())
+    print(
+        f"{len(cells)} cells, {len(plan.trials)} trials ({finished} done), about "
+        f"{seconds / 60:.1f} min on the {os.cpu_count()} cores of this machine, at most "
+        f"{total / 1e6:.1f} MB of patches"
+    )
+
+
+def _print_results(plan: "Plan", tables: "dict[str, pa.Table]") -> None:
+    from pipelines.tracking import tracking_uri
+    from rlsparse.report import claim_rows, summary_rows
+    from rlsparse.report.formats import percent
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    runs = Table(title=plan.study.question, title_justify="left")
+    for column in (
+        "trial",
+        "seed",
+        "score",
+        "unchanged bitwise",
+        "|d| <= 1e-5",
+        "overlap / chance",
+    ):
+        runs.add_column(column, justify="left" if column == "trial" else "right")
+    for row in summary_rows(plan.study, tables):
+        lift = row["overlap_lift"]
+        before, after = row["score_before"], row["score_after"]
+        runs.add_row(
+            row["label"] if row["status"] == "finished" else f"{row['label']} ({row['status']})",
+            str(row["seed"]),
+            "" if after is None else f"{before:.3f} -> {after:.3f}",
+            percent(row["sparsity_bitwise"]),
+            percent(row["sparsity_1e-05"]),
+            "" if lift is None else f"{lift:.2f}",
+        )
+    console.print(runs, markup=False)
+    claims = Table(title="claims", title_justify="left")
+    for column in ("claim", "verdict", "estimate", "interval", "scope and note"):
+        claims.add_column(column)
+    for row in claim_rows(tables):
+        interval = [_number(row[key]) for key in ("ci_low", "ci_high") if row[key] is not None]
+        remarks = "; ".join(filter(None, [row["scope"], row["note"]]))
+        claims.add_row(
+            row["id"], row["verdict"], _number(row["estimate"]), " .. ".join(interval), remarks
+        )
+    console.print(claims, markup=False)
+    where = plan.storage.url
+    print(f"report  {where}/report/index.html")
+    print(f"tables  {where}/tables")
+    print(f"MLflow  mlflow ui --workers 1 --backend-store-uri {tracking_uri(plan)}")
+
+
+def _print_diff(result: dict[str, Any]) -> None:
+    from rlsparse.report.formats import percent
+
+    accounting = result["accounting"]
+    print(f"{result['num_elements']:,} weights compared")
+    for key in ("tied_before", "removed", "added", "reshaped_before", "reshaped_after"):
+        if accounting[key]:
+            print(f"  {key.replace('_', ' ')}: {accounting[key]:,}")
+    for definition, value in result["sparsity"].items():
+        print(f"  unchanged {definition:10} {percent(value)}")
+    table = Table()
+    for column in ("tensor", "module", "weights", "unchanged bitwise", "|d| <= 1e-5"):
+        table.add_column(column, justify="left" if column in ("tensor", "module") else "right")
+    for tensor in result["tensors"]:
+        table.add_row(
+            tensor["name"], tensor["module"], f"{tensor['num_elements']:,}",
+            percent(tensor["sparsity"]["bitwise"]), percent(tensor["sparsity"]["abs_1e-05"]),
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 120).print(table, markup=False)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

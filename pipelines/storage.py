@@ -1,0 +1,251 @@
+"""Where the files of a study lie: a local folder or any URL that pyarrow knows.
+
+Every file is written all or nothing: under a temporary name and renamed on a local disk, as one
+object on an object store. A folder of files is done when its marker ``_SUCCESS`` is there; the
+marker lists the files with sizes and hashes and is written last.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import uuid
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pyarrow import fs
+
+from rlsparse.errors import StorageError
+
+MARKER = "_SUCCESS"
+LOCK = "driver.lock"
+
+
+class Storage:
+    """Files below one URL or local folder; pickles as its URL.
+
+    Args:
+        url: a folder, or a URL such as ``s3://bucket/prefix``.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url if "://" in url else str(Path(url).expanduser().resolve())
+
+    def __reduce__(self) -> tuple[type["Storage"], tuple[str]]:
+        """Pickle as the URL."""
+        return Storage, (self.url,)
+
+    @cached_property
+    def _root(self) -> tuple[fs.FileSystem, str]:
+        if "://" not in self.url:
+            return fs.LocalFileSystem(), self.url
+        try:
+            filesystem, root = fs.FileSystem.from_uri(self.url)
+        except (OSError, ValueError) as error:
+            raise StorageError(
+                f"cannot use storage {self.url}: {error}; give a folder, or a URL that pyarrow "
+                "knows, such as s3://bucket/prefix or file:///shared/folder"
+            ) from error
+        return filesystem, root
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the files lie on a disk of this machine (or one mounted here)."""
+        return isinstance(self._root[0], fs.LocalFileSystem)
+
+    def sub(self, name: str) -> "Storage":
+        """The storage one folder down."""
+        return Storage(f"{self.url.rstrip('/')}/{name}")
+
+    def path(self, name: str) -> str:
+        """Full path of a file, for the file system that holds it."""
+        return f"{self._root[1]}/{name}"
+
+    def exists(self, name: str) -> bool:
+        """Whether a file or folder is there."""
+        kind = self._root[0].get_file_info(self.path(name)).type
+        return bool(kind != fs.FileType.NotFound)
+
+    def list(self, name: str) -> list[str]:
+        """Names of what lies directly in a folder, sorted; empty if there is no such folder."""
+        found = self._root[0].get_file_info(
+            fs.FileSelector(self.path(name), allow_not_found=True, recursive=False)
+        )
+        return sorted(info.base_name for info in found if not info.base_name.startswith("."))
+
+    def read_bytes(self, name: str) -> bytes:
+        """Content of a file.
+
+        Raises:
+            StorageError: it is not there or cannot be read.
+        """
+        try:
+            with self._root[0].open_input_stream(self.path(name)) as stream:
+                return bytes(stream.read())
+        except OSError as error:
+            raise StorageError(f"cannot read {self.url}/{name}: {error}") from error
+
+    def read_json(self, name: str) -> Any:
+        """Content of a JSON file."""
+        return json.loads(self.read_bytes(name))
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a file, all or nothing, and the folders above it.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        target = self.path(name)
+        filesystem = self._root[0]
+        try:
+            filesystem.create_dir(os.path.dirname(target), recursive=True)
+            if not self.is_local:
+                with filesystem.open_output_stream(target) as stream:
+                    stream.write(content)
+                return
+            folder, base = os.path.split(target)
+            temporary = f"{folder}/.{base}.{uuid.uuid4().hex}"
+            try:
+                with open(temporary, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, target)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {self.url}/{name}: {error.strerror or error}; free space, or choose "
+                "another folder with --storage"
+            ) from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file, all or nothing."""
+        text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        self.write_bytes(name, text.encode())
+
+    def delete(self, name: str) -> None:
+        """Delete a file if it is there."""
+        if self.exists(name):
+            self._root[0].delete_file(self.path(name))
+
+    # --- folders that are done when their marker is there ------------------------------------
+
+    def publish(self, folder: Path, name: str) -> None:
+        """Copy a local folder to ``name`` and mark it as done, the marker last."""
+        files = {}
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            relative = file.relative_to(folder).as_posix()
+            content = file.read_bytes()
+            self.write_bytes(f"{name}/{relative}", content)
+            files[relative] = {
+                "size_bytes": len(content),
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
+        self.write_json(f"{name}/{MARKER}", {"files": files})
+
+    def is_done(self, name: str) -> bool:
+        """Whether a folder is complete: its marker is there and every file has its size."""
+        if not self.exists(f"{name}/{MARKER}"):
+            return False
+        files = self.read_json(f"{name}/{MARKER}")["files"]
+        found = self._root[0].get_file_info([self.path(f"{name}/{file}") for file in files])
+        return all(
+            info.type == fs.FileType.File and info.size == entry["size_bytes"]
+            for info, entry in zip(found, files.values(), strict=True)
+        )
+
+    @contextlib.contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        """A local path of a file or folder: itself on a local disk, else a temporary copy."""
+        if self.is_local:
+            yield Path(self.path(name))
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / Path(name).name
+            filesystem = self._root[0]
+            if filesystem.get_file_info(self.path(name)).type == fs.FileType.Directory:
+                target.mkdir()
+            fs.copy_files(
+                self.path(name),
+                str(target),
+                source_filesystem=filesystem,
+                destination_filesystem=fs.LocalFileSystem(),
+            )
+            yield target
+
+    # --- one driver a study --------------------------------------------------------------------
+
+    def check_writable(self) -> None:
+        """Write, read back and delete a file.
+
+        Raises:
+            StorageError: one of the three fails.
+        """
+        name, content = f".probe-{uuid.uuid4().hex}", uuid.uuid4().bytes
+        created = not self.exists("")
+        try:
+            self.write_bytes(name, content)
+            if self.read_bytes(name) != content:
+                raise StorageError(f"storage {self.url} does not give back what was written to it")
+            self.delete(name)
+        except StorageError:
+            if created and self.is_local:
+                shutil.rmtree(self._root[1], ignore_errors=True)
+            raise
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other drivers off this study; a lock left by a dead process here is taken over.
+
+        Object stores have no exclusive creation in pyarrow, so there nothing is locked.
+
+        Raises:
+            StorageError: another driver is at work.
+        """
+        if not self.is_local:
+            yield
+            return
+        path = Path(self.path(LOCK))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        owner = {"host": socket.gethostname(), "pid": os.getpid()}
+        while True:
+            try:
+                with path.open("x") as file:
+                    json.dump(owner, file)
+                break
+            except FileExistsError:
+                holder = _holder(path)
+                if holder and (holder["host"] != owner["host"] or _alive(holder["pid"])):
+                    raise StorageError(
+                        f"another driver is at work on {self.url}: process {holder['pid']} on "
+                        f"{holder['host']}; wait for it, or delete {path} if it is gone"
+                    ) from None
+                path.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _holder(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,275 @@
+"""Runs the stages of a study in order; each is skipped when its marker says that it is done.
+
+Stages: sweep (``trials/``), diff and overlap (``tables/``), aggregate (``tables/``), report
+(``report/``), MLflow. They speak through files only, so that the same command, given again,
+continues after anything.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from rich.console import Console
+
+from pipelines import aggregate
+from pipelines.plan import Plan
+from pipelines.progress import Progress
+from pipelines.session import RaySession
+from rlsparse.config import canonical_json
+from rlsparse.errors import ConfigError
+from rlsparse.report import build_report
+from rlsparse.study import Trial
+
+Tables = dict[str, pa.Table]
+
+
+def run_study(
+    plan: Plan,
+    *,
+    console: Console,
+    address: str | None = None,
+    only: str | None = None,
+    allow_mixed: bool = False,
+) -> Tables:
+    """Run what is left of a study, and bring its tables, report and MLflow up to date.
+
+    Args:
+        plan: the study.
+        console: for progress; standard error by convention.
+        address: a Ray cluster; None starts Ray on this machine.
+        only: prefix of a trial id: run just that trial, without the analysis.
+        allow_mixed: go on although other versions or hardware made the trials that are done.
+
+    Returns:
+        All tables; empty with ``only``.
+
+    Raises:
+        ConfigError: the trials that are done were made with other versions or hardware.
+        StorageError: the storage is not writable, or another driver is at work on the study.
+    """
+    plan.storage.check_writable()
+    with plan.storage.lock():
+        entries = {trial.trial_id: plan.ledger.settle(trial.trial_id) for trial in plan.trials}
+        todo = [
+            trial
+            for trial in plan.trials
+            if entries[trial.trial_id].status != "finished"
+            and (only is None or trial.trial_id.startswith(only))
+        ]
+        if todo and not allow_mixed:
+            _check_environment(plan)
+        _write_study(plan)
+        with RaySession(address) as session:
+            if todo:
+                session.start()
+                _sweep(plan, todo, console)
+            else:
+                console.print(f"all {len(plan.trials)} trials are done", highlight=False)
+            return {} if only is not None else _analyse(plan, session, console)
+
+
+def rebuild(plan: Plan, *, console: Console) -> Tables:
+    """Build tables and report again from the trials that are done, without running any."""
+    with plan.storage.lock():
+        for trial in plan.trials:
+            plan.ledger.settle(trial.trial_id)
+        _write_study(plan)
+        with RaySession(None) as session:
+            return _analyse(plan, session, console)
+
+
+# --- stages ----------------------------------------------------------------------------------
+
+
+def _sweep(plan: Plan, todo: list[Trial], console: Console) -> None:
+    from pipelines.sweep import num_slots, run_trials
+    from pipelines.tracking import Tracker
+
+    tracker = Tracker(plan)
+    by_id = {trial.trial_id: trial for trial in plan.trials}
+
+    class Tracked(Progress):
+        """Progress that also brings MLflow up to date."""
+
+        def started(self, trial_id: str) -> None:
+            super().started(trial_id)
+            tracker.sync([by_id[trial_id]])
+
+        def ended(self, trial_id: str) -> None:
+            super().ended(trial_id)
+            tracker.sync([by_id[trial_id]])
+
+    num_done = len(plan.trials) - len(todo)
+    console.print(
+        f"{len(plan.trials)} trials: {num_done} done, {len(todo)} to run", highlight=False
+    )
+    with Tracked(
+        todo,
+        num_done=num_done,
+        ledger=plan.ledger,
+        console=console,
+        num_slots=num_slots(plan.study.resources),
+    ) as progress:
+        run_trials(plan, todo, progress)
+
+
+def _analyse(plan: Plan, session: RaySession, console: Console) -> Tables:
+    """Diff, overlap, aggregate, report; what depends on the same inputs as before is kept."""
+    from pipelines import diff
+
+    items = diff.pending(plan)
+    if items:
+        session.start()
+        console.print(f"diffing {len(items)} parts", highlight=False)
+        diff.run(plan, items)
+
+    def overlap() -> None:
+        from pipelines import overlap as stage
+
+        session.start()
+        console.print("counting overlaps", highlight=False)
+        table = stage.run(plan)
+        diff.write_table(plan.storage, table, "overlaps", "overlaps.parquet")
+
+    inputs = _inputs(plan)
+    _stage(plan, "overlap", {**inputs, "steps": _claim_steps(plan)}, ["overlaps"], overlap)
+    overlaps = aggregate.read_small(plan, "overlaps")
+    registered = aggregate.registration(plan)
+    result = aggregate.run(plan, overlaps, registered)
+    with tempfile.TemporaryDirectory() as folder:
+        build_report(plan.study, result, Path(folder), versions=_versions())
+        for name in ("index.html", "report.json"):
+            plan.storage.write_bytes(f"report/{name}", (Path(folder) / name).read_bytes())
+    everything = {**inputs, "claims": registered, "schema": list(result["claims"].column_names)}
+
+    def track() -> None:
+        from pipelines.tracking import Tracker
+
+        tracker = Tracker(plan)
+        tracker.sync()
+        tracker.sync_results()
+
+    _stage(plan, "mlflow", {**everything, "verdicts": _digest(result["claims"])}, [], track)
+    return result
+
+
+def _stage(
+    plan: Plan, name: str, inputs: dict[str, Any], written: list[str], work: Callable[[], None]
+) -> None:
+    """Do ``work`` unless the marker of this stage has the same inputs and its tables are there."""
+    marker = f"stages/{name}.json"
+    digest = hashlib.sha256(canonical_json(inputs).encode()).hexdigest()
+    there = all(plan.storage.exists(f"tables/{table}.parquet") for table in written)
+    if there and plan.storage.exists(marker) and plan.storage.read_json(marker) == digest:
+        return
+    work()
+    plan.storage.write_json(marker, digest)
+
+
+def _inputs(plan: Plan) -> dict[str, Any]:
+    """What the results depend on: the study, and which trials ended how."""
+    return {
+        "study": plan.study.model_dump(mode="json"),
+        "trials": {name: entry.status for name, entry in plan.entries().items()},
+        "attempts": {name: entry.attempts for name, entry in plan.entries().items()},
+    }
+
+
+def _claim_steps(plan: Plan) -> list[int]:
+    return sorted({c.at.step for c in plan.study.claims if c.at and c.at.step})
+
+
+def _digest(table: pa.Table) -> str:
+    return hashlib.sha256(canonical_json(_finite(table.to_pylist())).encode()).hexdigest()
+
+
+def _finite(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str), parse_constant=str)
+
+
+# --- records ---------------------------------------------------------------------------------
+
+
+def _write_study(plan: Plan) -> None:
+    """Write ``study.json``; claims and seeds are frozen when the first trial is about to run."""
+    frozen = {
+        "claims": {claim.id: claim.model_dump(mode="json") for claim in plan.study.claims},
+        "seeds": list(plan.study.seeds),
+    }
+    if plan.storage.exists("study.json"):
+        frozen = plan.storage.read_json("study.json")["registered"]
+    plan.storage.write_json(
+        "study.json",
+        {
+            "study": plan.study.model_dump(mode="json"),
+            "registered": frozen,
+            "registered_sha256": hashlib.sha256(canonical_json(frozen).encode()).hexdigest(),
+            "trials": {trial.trial_id: trial.label for trial in plan.trials},
+            "versions": _versions(),
+        },
+    )
+
+
+def _versions() -> dict[str, str]:
+    packages = ("rlsparse", "torch", "transformers", "trl", "ray", "mlflow", "pyarrow", "numpy")
+    found = {package: version(package) for package in packages}
+    commit = _git_commit()
+    return {**found, "git_commit": commit} if commit else found
+
+
+def _git_commit() -> str | None:
+    """Commit of the working directory, marked if it is dirty; None where there is no git."""
+    if shutil.which("git") is None:
+        return None
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=os.getcwd(),
+    )
+    return commit.stdout.strip() or None
+
+
+def _check_environment(plan: Plan) -> None:
+    """Refuse to add trials to a study whose other trials were made elsewhere.
+
+    Raises:
+        ConfigError: versions or hardware differ.
+    """
+    made = {canonical_json(plan.ledger.get(t.trial_id).versions) for t in plan.finished()}
+    if not made:
+        return
+    from rlsparse.train import environment
+
+    here = environment()
+    for text in sorted(made):
+        there = json.loads(text)
+        other = {
+            k: (there.get(k), here.get(k)) for k in {*there, *here} if there.get(k) != here.get(k)
+        }
+        if other:
+            changes = ", ".join(f"{k} {a} -> {b}" for k, (a, b) in sorted(other.items()))
+            raise ConfigError(
+                f"the trials that are done were made with other versions or hardware ({changes}); "
+                "bits may differ: use the same ones, another --storage, or --allow-mixed"
+            )
+
+
+@contextmanager
+def interrupted_says_how_to_resume(console: Console) -> Iterator[None]:
+    """Turn Ctrl-C into one line."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("interrupted; run the same command again to continue", highlight=False)
+        raise SystemExit(130) from None

@@ -1,0 +1,158 @@
+"""Runs the unfinished trials of a study with Ray Tune.
+
+Tune gets the explicit list of trials and restarts those whose worker died; what is done is known
+from our own ledger, so that a later run of the same command continues after anything. Workers are
+reused from trial to trial, because importing torch and TRL takes longer than a small trial.
+"""
+
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+from ray import tune
+
+from pipelines.ledger import Ledger
+from pipelines.plan import Plan, load_base
+from pipelines.storage import Storage
+from rlsparse.config import TrialConfig
+from rlsparse.errors import RlsparseError
+from rlsparse.study import Resources, Trial
+
+_REPORT_INTERVAL_S = 0.5
+
+
+class Listener(Protocol):
+    """What the driver does as trials come and go."""
+
+    def started(self, trial_id: str) -> None:
+        """A worker begins the trial."""
+
+    def stepped(self, trial_id: str, row: dict[str, Any]) -> None:
+        """The trial made a step; ``row`` is of table ``steps``."""
+
+    def ended(self, trial_id: str) -> None:
+        """The trial finished or failed; the ledger says which."""
+
+
+def run_trials(plan: Plan, trials: Sequence[Trial], listener: Listener) -> None:
+    """Run ``trials`` to the end, each finished or failed in the ledger.
+
+    Needs a Ray session. A trial that raises one of our own errors fails at once (running it again
+    would not help); one whose worker dies, or that raises anything else, is tried again up to
+    ``resources.max_failures`` times.
+    """
+    resources = plan.study.resources
+    specs = [_spec(plan, trial) for trial in trials]
+    with tempfile.TemporaryDirectory(prefix="rlsparse-tune-") as folder:
+        tune.Tuner(
+            tune.with_resources(
+                _run_spec, {"cpu": resources.num_threads, "gpu": resources.num_gpus}
+            ),
+            param_space={"spec": tune.grid_search(specs)},
+            tune_config=tune.TuneConfig(reuse_actors=True, metric=None),
+            run_config=tune.RunConfig(
+                name=plan.study.name,
+                storage_path=folder,
+                verbose=0,
+                failure_config=tune.FailureConfig(max_failures=resources.max_failures),
+                callbacks=[_Relay(plan.ledger, listener)],
+            ),
+        ).fit()
+
+
+def run_trial(spec: dict[str, Any], report: Any = lambda metrics: None) -> None:
+    """Run one trial in this process and publish its files; the body of a worker.
+
+    Args:
+        spec: made by ``run_trials``; plain data.
+        report: called with small dictionaries while it trains.
+    """
+    from rlsparse.train import environment, train_trial
+
+    storage, name = Storage(spec["storage"]), spec["trial_id"]
+    config = TrialConfig.model_validate(spec["config"])
+    ledger = Ledger(storage)
+    ledger.start(name, host=socket.gethostname(), pid=os.getpid(), versions=environment())
+    last = 0.0
+
+    def on_progress(row: dict[str, Any]) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _REPORT_INTERVAL_S:
+            last = time.monotonic()
+            report({key: value for key, value in row.items() if value is not None})
+
+    with tempfile.TemporaryDirectory(prefix="rlsparse-trial-") as folder:
+        try:
+            base = load_base(config.model, expect=spec["base_fingerprint"])
+            train_trial(
+                config,
+                trial_id=name,
+                base_dir=base.path,
+                base_fingerprint=base.fingerprint,
+                out_dir=Path(folder),
+                num_threads=spec["num_threads"],
+                on_progress=on_progress,
+            )
+        except RlsparseError as error:
+            ledger.fail(name, f"{type(error).__name__}: {error}")
+            return
+        storage.publish(Path(folder), f"trials/{name}")
+    ledger.finish(name)
+
+
+def _spec(plan: Plan, trial: Trial) -> dict[str, Any]:
+    return {
+        "trial_id": trial.trial_id,
+        "config": trial.config.model_dump(mode="json"),
+        "storage": plan.storage.url,
+        "base_fingerprint": plan.base(trial).fingerprint,
+        "num_threads": plan.study.resources.num_threads,
+    }
+
+
+def _run_spec(config: dict[str, Any]) -> None:
+    run_trial(config["spec"], tune.report)
+
+
+class _Relay(tune.Callback):  # type: ignore[misc]
+    """Passes Tune's events on, and writes down trials that Tune gave up."""
+
+    def __init__(self, ledger: Ledger, listener: Listener) -> None:
+        self._ledger = ledger
+        self._listener = listener
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its callbacks for a restore that we never ask for."""
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        self._listener.started(trial.config["spec"]["trial_id"])
+
+    def on_trial_result(
+        self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any
+    ) -> None:
+        if "step" in result:
+            self._listener.stepped(trial.config["spec"]["trial_id"], result)
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        self._listener.ended(trial.config["spec"]["trial_id"])
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        name = trial.config["spec"]["trial_id"]
+        reason = str(trial.get_error() or "the worker died").strip().splitlines()[-1]
+        self._ledger.fail(name, f"{reason} (after {trial.num_failures} attempts)")
+        self._listener.ended(name)
+
+
+def num_slots(resources: Resources) -> int:
+    """Trials that the Ray session can run at the same time."""
+    total = ray.cluster_resources()
+    slots = int(total.get("CPU", 1) // resources.num_threads)
+    if resources.num_gpus:
+        slots = min(slots, int(total.get("GPU", 0) // resources.num_gpus))
+    return max(1, slots)

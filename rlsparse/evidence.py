@@ -1,0 +1,372 @@
+"""What a study's runs say on each claim, before any verdict: one number per unit, or why not.
+
+A new kind of claim gets its branch in ``evidence`` here, and its region in ``claims``.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from rlsparse import effects, tables
+from rlsparse.config import canonical_json
+from rlsparse.effects import Pair
+from rlsparse.inference import Floats, jackknife, odds_unchanged, t_interval
+from rlsparse.study import (
+    MIN_SEEDS,
+    AboveNullClaim,
+    At,
+    Claim,
+    EquivalentClaim,
+    ExactClaim,
+    GreaterClaim,
+    Scalar,
+    Study,
+    WithinClaim,
+    level_label,
+    reference_level,
+)
+
+NULLS = ("uniform", "tensor", "magnitude")
+MAX_OVERLAP_DENSITY = 0.5
+SENSITIVITY_LEVEL = 0.9
+IDENTICAL = "identical_replicates"
+
+
+class Response(NamedTuple):
+    """A claim's response, taken apart.
+
+    ``kind`` is sparsity, overlap, score_after, score_gain or identical_replicates.
+    """
+
+    kind: str
+    definition: str | None
+    view: str
+
+    @property
+    def name(self) -> str:
+        """As in the response column of ``effects.responses``."""
+        return f"{self.kind}.{self.definition}@{self.view}" if self.definition else self.kind
+
+
+class Evidence(NamedTuple):
+    """What the runs say under one definition.
+
+    Attributes:
+        contrasts: arrays of one value per unit; the claim is about the mean of each.
+        reason: why there can be no verdict, or "".
+        remark: what the reader should know besides.
+    """
+
+    contrasts: list[Floats]
+    reason: str = ""
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Observations:
+    """A study's tables, indexed for claims; made by ``observe``."""
+
+    study: Study
+    runs: pd.DataFrame
+    responses: dict[str, pd.DataFrame]  # by trial; "" has no rows
+    overlaps: dict[tuple[object, ...], pd.Series]  # by definition, view and the two runs
+    identical: Mapping[str, bool]
+    cache: dict[tuple[str, str], pd.DataFrame] = field(default_factory=dict)
+
+    def of(self, trial: str) -> pd.DataFrame:
+        """Rows of ``effects.responses`` of one trial."""
+        return self.responses.get(trial, self.responses[""])
+
+    def snapshots(self, trial: str, response: str) -> pd.DataFrame:
+        """See ``effects.snapshots``."""
+        if (trial, response) not in self.cache:
+            self.cache[trial, response] = effects.snapshots(self.of(trial), trial, response)
+        return self.cache[trial, response]
+
+    def column(self, trial: str, name: str) -> float:
+        """A number of table ``trials``; nan where null."""
+        return float(self.runs.loc[self.runs["trial_id"] == trial, name].iloc[0])
+
+    def parse(self, claim: Claim) -> Response:
+        """The claim's response, with the study's default view filled in."""
+        name, _, view = claim.response.partition("@")
+        kind, _, definition = name.partition(".")
+        return Response(kind, definition or None, view or self.study.default_view)
+
+    def selected(self, claim: Claim) -> pd.DataFrame:
+        """All runs that a claim is about, of any status."""
+        sides = [effects.select(self.runs, selector) for selector in selectors(claim)]
+        result: pd.DataFrame = pd.concat(sides).drop_duplicates("trial_id")
+        return result
+
+
+def observe(
+    study: Study,
+    trials: pa.Table,
+    steps: pa.Table,
+    tensor_deltas: pa.Table,
+    overlaps: pa.Table,
+    identical: Mapping[str, bool],
+) -> Observations:
+    """Index the tables of a study; the arguments are those of ``claims.judge``."""
+    frame = effects.responses(trials, steps, tensor_deltas, study.default_view)
+    pairs = overlaps.to_pandas()
+    pairs = pairs[pairs["tensor"].isna() & pairs["module"].isna()]
+    names = ["definition", "view", "trial_a", "step_a", "trial_b", "step_b"]
+    keys = zip(*(pairs[name] for name in names), strict=True)
+    return Observations(
+        study,
+        effects.with_configs(trials),
+        {"": frame.iloc[:0], **{str(name): rows for name, rows in frame.groupby("trial_id")}},
+        dict(zip(keys, (row for _, row in pairs.iterrows()), strict=True)),
+        identical,
+    )
+
+
+def selectors(claim: Claim) -> list[dict[str, Scalar]]:
+    """What selects the claim's runs: one selector, or one per side."""
+    if isinstance(claim, GreaterClaim):
+        return [{**claim.where, **claim.a}, {**claim.where, **claim.b}]
+    if claim.response == IDENTICAL:
+        return [{"control": "same_seed", **claim.where}]
+    return [claim.where]
+
+
+def misfit(claim: Claim, response: Response) -> str:
+    """Why a kind of claim cannot be about a response, or ""."""
+    kinds: tuple[str, ...] = ("sparsity", "score_after", "score_gain")
+    if isinstance(claim, ExactClaim):
+        kinds = (*kinds, IDENTICAL)
+    elif isinstance(claim, EquivalentClaim):
+        kinds = ("sparsity",)
+    elif isinstance(claim, AboveNullClaim):
+        kinds = ("overlap",)
+    known = {"sparsity": tables.DEFINITIONS, "overlap": ("bitwise",)}.get(response.kind, (None,))
+    if response.kind not in kinds or response.definition not in known:
+        return (
+            f"a claim of kind {claim.kind} cannot be about {claim.response}: it takes "
+            f"{', '.join(kinds)}; sparsity under {', '.join(tables.DEFINITIONS)}, overlap under "
+            "bitwise"
+        )
+    score = claim.at.score if claim.at else None
+    if score is not None and (response.kind != "sparsity" or isinstance(claim, ExactClaim)):
+        return f"at.score interpolates density, which {claim.kind} {response.kind} cannot use"
+    if score == "common" and isinstance(claim, WithinClaim):
+        return "at.score common is of pairs of runs; a claim of kind within needs a number"
+    if isinstance(claim, GreaterClaim) and response.kind != "score_gain":
+        margin = claim.margin
+        if margin is not None and margin <= 0:
+            return f"margin {margin:g} of {response.name} is an odds ratio, must be above 0"
+    return ""
+
+
+def evidence(seen: Observations, claim: Claim, response: Response) -> Evidence:
+    """What the runs say on a claim (other than ``exact``) under one definition.
+
+    Args:
+        seen: the study's tables.
+        claim: the claim.
+        response: what ``misfit`` has passed.
+
+    Returns:
+        Contrasts on the scale of the claim's test: log odds of fractions, log ratios of densities,
+        log(observed / expected) overlap.
+    """
+    for selector in selectors(claim):
+        if effects.select(seen.runs, selector).empty:
+            return Evidence([], f"no run matches {canonical_json(selector)}")
+    if isinstance(claim, EquivalentClaim):
+        return _equivalent(seen, claim, response)
+    if isinstance(claim, AboveNullClaim):
+        return _above_null(seen, claim, response)
+    if isinstance(claim, GreaterClaim):
+        a, b = (effects.select(seen.runs, selector) for selector in selectors(claim))
+        pairs = effects.matched_pairs(a, b, [*claim.a, *claim.b])
+    else:
+        runs = effects.select(seen.runs, claim.where)
+        runs = runs[runs["status"] == "finished"]
+        columns = zip(runs["trial_id"], runs["seed"], runs["cell"], strict=True)
+        pairs = [Pair(t, t, int(seed), canonical_json(cell)) for t, seed, cell in columns]
+    read = [_read_pair(seen, claim.at, response, pair) for pair in pairs]
+    if response.kind == "sparsity":
+        read = [(odds_unchanged(a), odds_unchanged(b), why) for a, b, why in read]
+    single = isinstance(claim, WithinClaim)
+    values = effects.by_seed(pairs, [a if single else a - b for a, b, _ in read])
+    return Evidence([values], *_completeness(values, [why for _, _, why in read]))
+
+
+def _completeness(values: Floats, whys: Sequence[str]) -> tuple[str, str]:
+    """Reason and remark for values by seed that come from as many readings as ``whys``."""
+    counted = Counter(why for why in whys if why).items()
+    missing = "; ".join(f"{why} ({number} of {len(whys)})" for why, number in sorted(counted))
+    if values.size >= MIN_SEEDS:
+        return "", missing
+    few = f"{values.size} seeds with complete matched runs, {MIN_SEEDS} are needed"
+    return f"{few}: {missing}" if missing else few, ""
+
+
+def _read(
+    seen: Observations, at: At | None, response: Response, trial: str
+) -> tuple[float | None, str]:
+    """Log density of a run, or its score on the scale of contrasts; None and why if missing."""
+    if response.kind == "sparsity":
+        return effects.density_at(seen.snapshots(trial, response.name), at)
+    rows = seen.of(trial)
+    rows = rows[rows["response"] == response.name]
+    rows = rows[rows["step"] == at.step] if at else rows[rows["last"]]
+    if rows.empty:
+        return None, f"no {response.name}" + (f" at step {at.step}" if at else "")
+    return float(effects.scaled(rows)[0]), ""
+
+
+def _read_pair(
+    seen: Observations, at: At | None, response: Response, pair: Pair
+) -> tuple[float, float, str]:
+    nan = float("nan")
+    if at and at.score == "common":
+        runs = [seen.snapshots(trial, response.name) for trial in (pair.a, pair.b)]
+        common = effects.common_score(*runs)
+        if np.isnan(common):
+            return nan, nan, "a run has no score"
+        at = At(score=common)
+    (a, why_a), (b, why_b) = (_read(seen, at, response, trial) for trial in (pair.a, pair.b))
+    return (nan, nan, why_a or why_b) if a is None or b is None else (a, b, "")
+
+
+def _log_ratios(
+    seen: Observations, at: At | None, response: Response, pairs: Sequence[Pair]
+) -> tuple[Floats, str, str]:
+    """Log density ratios a / b by seed, with reason and remark."""
+    read = [_read_pair(seen, at, response, pair) for pair in pairs]
+    values = effects.by_seed(pairs, [a - b for a, b, _ in read])
+    return values, *_completeness(values, [why for _, _, why in read])
+
+
+# --- equivalent --------------------------------------------------------------------------------
+
+
+def _equivalent(seen: Observations, claim: EquivalentClaim, response: Response) -> Evidence:
+    """One contrast per level of the factor against its reference."""
+    runs, factor = effects.select(seen.runs, claim.where), claim.factor
+    if factor not in seen.study.factors:
+        known = ", ".join(seen.study.factors) or "none"
+        return Evidence([], f"the study does not vary {factor}; its factors: {known}")
+    reference = reference_level(seen.study, factor)
+    present = {cell.get(factor) for cell in runs["cell"]}
+    labels = dict.fromkeys(level_label(level) for level in seen.study.factors[factor])
+    levels = [label for label in labels if label in present and label != reference]
+    if not levels or reference not in present:
+        return Evidence([], f"the selected runs do not vary {factor} from {reference}")
+    pairs = {level: effects.factor_pairs(runs, factor, level, reference) for level in levels}
+    contrasts, reasons, remarks = [], [], []
+    for level in levels:
+        values, reason, remark = _log_ratios(seen, claim.at, response, pairs[level])
+        contrasts.append(values)
+        reasons += [f"{factor} = {level}: {reason}"] if reason else []
+        remarks += [f"{factor} = {level}: {remark}"] if remark else []
+    reasons += filter(None, [_inert(seen, factor, pairs), _insensitive(seen, claim, response)])
+    return Evidence(contrasts, "; ".join(reasons), "; ".join(remarks))
+
+
+def _inert(seen: Observations, factor: str, pairs: Mapping[str, Sequence[Pair]]) -> str:
+    """Why the factor cannot be said to have acted, or ""."""
+    if factor == "train.max_grad_norm":
+        trials = {trial for group in pairs.values() for pair in group for trial in pair[:2]}
+        if not any(seen.column(trial, "num_clipped_steps") > 0 for trial in trials):
+            return "the factor did not act: no step of any run was clipped"
+    if factor == "algorithm.kl_coef":
+        for group in pairs.values():
+            kl = [seen.column(p.a, "kl_final") - seen.column(p.b, "kl_final") for p in group]
+            signs = set(np.sign(effects.by_seed(group, kl)))
+            if signs in ({1.0}, {-1.0}):
+                return ""
+        return "the factor did not act: no level moves the realised KL one way at every seed"
+    return ""
+
+
+def _insensitive(seen: Observations, claim: EquivalentClaim, response: Response) -> str:
+    """Why the study could not have seen an effect beyond the margin, or ""."""
+    pairs = effects.control_pairs(seen.runs)
+    if not pairs:
+        return "no sign of sensitivity: no finished lr_times_3 control; add it to controls"
+    values, reason, _ = _log_ratios(seen, claim.at, response, pairs)
+    if reason:
+        return f"no sign of sensitivity: lr_times_3: {reason}"
+    mean, low, high = t_interval(values, SENSITIVITY_LEVEL)
+    edge = np.log(claim.margin)
+    if low > edge or high < -edge:
+        return ""
+    return (
+        f"not sensitive: three times the learning rate moves density by {np.exp(mean):.3g}, "
+        f"{SENSITIVITY_LEVEL:.0%} interval {np.exp(low):.3g} to {np.exp(high):.3g}, not by more "
+        f"than {claim.margin:g}"
+    )
+
+
+# --- above_null --------------------------------------------------------------------------------
+
+
+def _above_null(seen: Observations, claim: AboveNullClaim, response: Response) -> Evidence:
+    """Log excess over the null, as jackknife pseudo-values of the mean over pairs.
+
+    Pairs are dependent, as each run is in many; leaving out one seed with all its pairs at a time
+    gives the standard error. With one cell that is leaving out one run. Counts get a continuity of
+    .5, so that masks without common weights stay finite.
+    """
+    runs = effects.select(seen.runs, claim.where)
+    runs = runs[runs["status"] == "finished"]
+    pairs = _run_pairs(runs, claim.between)
+    if not pairs:
+        return Evidence([], f"no two finished runs differ in {claim.between} alone")
+    rows = []
+    for ends in pairs:
+        keys = sorted(
+            (run["trial_id"], claim.at.step if claim.at else run["num_steps"]) for run in ends
+        )
+        row = seen.overlaps.get((response.definition, response.view, *keys[0], *keys[1]))
+        if row is None:
+            return Evidence([], f"table overlaps lacks the pair {keys[0]}, {keys[1]}")
+        rows.append(row)
+    counts = pd.DataFrame(rows)
+    units = [{int(run["seed"]) for run in ends} for ends in pairs]
+    both = counts["num_both"].to_numpy(np.float64)
+    expected = {null: counts[f"expected_{null}"].to_numpy(np.float64) for null in NULLS}
+    excess = {null: np.log((both + 0.5) / (expected[null] + 0.5)) for null in NULLS}
+    lifts = [f"{null} {np.exp(excess[null].mean()):.3g}" for null in NULLS]
+    remark = f"null {claim.null}; lift over {len(pairs)} pairs by null: {', '.join(lifts)}"
+    values = jackknife(excess[claim.null], units)
+    smaller = counts[["num_a", "num_b"]].min(axis=1)
+    reason = ""
+    if (smaller == 0).any():
+        reason = "a mask is empty, so nothing can overlap"
+    elif (smaller > MAX_OVERLAP_DENSITY * counts["num_elements"]).any():
+        reason = (
+            f"both densities of a pair exceed {MAX_OVERLAP_DENSITY}: overlap is near its ceiling"
+        )
+    elif values.size < MIN_SEEDS:
+        reason = f"{len(set().union(*units))} seeds with pairs, {MIN_SEEDS} are needed"
+    return Evidence([values], reason, remark)
+
+
+def _run_pairs(runs: pd.DataFrame, between: str) -> list[tuple[Any, Any]]:
+    """Pairs of runs that differ in ``between`` alone: in the seed, or in a factor at one seed."""
+    rows: dict[str, Any] = {row["trial_id"]: row for row in runs.to_dict("records")}
+    if between == "seed":
+        alike = {t: canonical_json({**row["config"], "seed": 0}) for t, row in rows.items()}
+        return [
+            (rows[a], rows[b])
+            for a, b in itertools.combinations(sorted(rows), 2)
+            if alike[a] == alike[b] and rows[a]["seed"] != rows[b]["seed"]
+        ]
+    return [
+        (rows[pair.a], rows[pair.b])
+        for pair in effects.matched_pairs(runs, runs, [between])
+        if pair.a < pair.b
+        and effects.value_at(rows[pair.a], between) != effects.value_at(rows[pair.b], between)
+    ]

@@ -1,0 +1,183 @@
+"""Bit-packed masks of weights: set algebra and mask files.
+
+Packed means little-endian: bit i of byte j is flat element 8 j + i. Bits beyond the last element
+are zero, in every result.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlsparse.checkpoint import TensorInfo, atomic_write, header_bytes, read_header
+from rlsparse.errors import CheckpointError
+from rlsparse.kernels import popcount
+
+Packed = NDArray[np.uint8]
+
+FORMAT_VERSION = "1"
+METADATA_KEY = "rlsparse_mask"
+
+
+def num_bytes(num_elements: int) -> int:
+    """Bytes of a packed mask."""
+    return -(-num_elements // 8)
+
+
+def pack(mask: NDArray[np.bool_]) -> Packed:
+    """Pack a boolean array of any shape, in C order."""
+    return np.packbits(mask, axis=None, bitorder="little")
+
+
+def unpack(packed: Packed, num_elements: int) -> NDArray[np.bool_]:
+    """The flat boolean array of a packed mask, shape [num_elements]."""
+    check(packed, num_elements)
+    return np.unpackbits(packed, count=num_elements, bitorder="little").view(np.bool_)
+
+
+def union(left: Packed, right: Packed) -> Packed:
+    """Elements in either mask."""
+    return np.bitwise_or(left, _alike(left, right))
+
+
+def intersection(left: Packed, right: Packed) -> Packed:
+    """Elements in both masks."""
+    return np.bitwise_and(left, _alike(left, right))
+
+
+def complement(packed: Packed, num_elements: int) -> Packed:
+    """Elements not in the mask."""
+    check(packed, num_elements)
+    inverted = np.invert(packed)
+    if num_elements % 8:
+        inverted[-1] &= _tail_bits(num_elements)
+    return inverted
+
+
+def density(packed: Packed, num_elements: int) -> float:
+    """Fraction of elements in the mask; NaN for an empty tensor."""
+    check(packed, num_elements)
+    return popcount(packed) / num_elements if num_elements else math.nan
+
+
+def check(packed: Packed, num_elements: int) -> None:
+    """Raise CheckpointError unless ``packed`` is a well-formed mask of ``num_elements``."""
+    if packed.dtype != np.uint8 or packed.shape != (num_bytes(num_elements),):
+        raise CheckpointError(
+            f"a packed mask of {num_elements} elements is uint8[{num_bytes(num_elements)}], got "
+            f"{packed.dtype}{list(packed.shape)}"
+        )
+    if num_elements % 8 and packed[-1] & ~_tail_bits(num_elements):
+        raise CheckpointError(f"packed mask has bits beyond its {num_elements} elements")
+
+
+def _alike(left: Packed, right: Packed) -> Packed:
+    if left.shape != right.shape:
+        raise CheckpointError(
+            f"masks of different tensors: {left.size} and {right.size} bytes; combine masks of "
+            "one base only"
+        )
+    return right
+
+
+def _tail_bits(num_elements: int) -> np.uint8:
+    return np.uint8((1 << num_elements % 8) - 1)
+
+
+# --- mask files ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MaskFile:
+    """An opened mask file; masks are read when asked for.
+
+    Attributes:
+        path: the file.
+        shapes: weight tensor -> its shape, sorted by name.
+        base_fingerprint: of the checkpoint whose weights the masks select.
+        metadata: notes of whoever wrote it.
+    """
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    base_fingerprint: str
+    metadata: dict[str, str]
+    tensors: dict[str, TensorInfo]
+
+    def packed(self, name: str) -> Packed:
+        """The packed mask of weight tensor ``name``.
+
+        Raises:
+            CheckpointError: bits are set beyond the last element.
+        """
+        mask = self.tensors[name].read().view(np.uint8)
+        check(mask, math.prod(self.shapes[name]))
+        return mask
+
+
+def write_masks(
+    path: Path,
+    masks: Mapping[str, tuple[Sequence[int], Packed]],
+    base_fingerprint: str,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a mask file, atomically: a safetensors file with one U8 tensor per weight tensor.
+
+    Args:
+        path: file to write, by convention ``*.mask.safetensors``.
+        masks: weight tensor -> (its shape, its packed mask).
+        base_fingerprint: ``checkpoint.fingerprint`` of the base.
+        metadata: further notes.
+
+    Raises:
+        CheckpointError: a mask does not fit its shape.
+    """
+    ordered = sorted(masks.items())
+    for _, (shape, packed) in ordered:
+        check(packed, math.prod(shape))
+    content = {
+        "version": FORMAT_VERSION,
+        "base_fingerprint": base_fingerprint,
+        "metadata": dict(metadata or {}),
+        "shapes": {name: list(shape) for name, (shape, _) in ordered},
+    }
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    with atomic_write(path) as stream:
+        entries = [(name, "u8", packed.shape) for name, (_, packed) in ordered]
+        stream.write(header_bytes(entries, {METADATA_KEY: text}))
+        for _, (_, packed) in ordered:
+            stream.write(np.ascontiguousarray(packed).data)
+
+
+def read_masks(path: str | Path) -> MaskFile:
+    """Open a mask file.
+
+    Raises:
+        CheckpointError: not a mask file, of another format version, or damaged.
+    """
+    path = Path(path)
+    tensors, notes = read_header(path)
+    if METADATA_KEY not in notes:
+        raise CheckpointError(f"{path} is not a mask file: no {METADATA_KEY} in its metadata")
+    try:
+        content: dict[str, Any] = json.loads(notes[METADATA_KEY])
+        version = content["version"]
+        shapes = {name: tuple(shape) for name, shape in sorted(content["shapes"].items())}
+        expected = {name: ("u8", (num_bytes(math.prod(s)),)) for name, s in shapes.items()}
+        mask_file = MaskFile(
+            path, shapes, content["base_fingerprint"], content["metadata"], tensors
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} has a damaged mask header: {error!r}") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} is a mask file of format {version}, this release reads {FORMAT_VERSION}"
+        )
+    if expected != {name: (info.dtype, info.shape) for name, info in tensors.items()}:
+        raise CheckpointError(f"{path} is damaged: its masks do not fit the shapes it lists")
+    return mask_file

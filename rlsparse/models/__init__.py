@@ -1,0 +1,41 @@
+"""Base models: the tiny one that ships with the project, local folders, and hub ids."""
+
+from pathlib import Path
+
+from rlsparse.config import ModelConfig
+from rlsparse.errors import CheckpointError
+
+TINY = Path(__file__).parent / "tiny"
+
+
+def resolve(config: ModelConfig) -> Path:
+    """Local folder of a base model: ``tiny``, a folder, or a hub ``id@revision`` (downloaded).
+
+    Raises:
+        CheckpointError: no such folder, or the hub does not give the model.
+    """
+    source = config.source
+    if source == "tiny":
+        return TINY
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
+        raise CheckpointError(
+            f"model.source {source!r}: no such folder; use `tiny`, a folder in the format of "
+            "transformers, or a hub id such as Qwen/Qwen2.5-0.5B@main"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = source.partition("@")
+    try:
+        found = snapshot_download(
+            name, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.model"]
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"model.source {source!r} is no folder here and the hub does not give it: {reason}"
+        ) from error
+    return Path(found)

@@ -1,0 +1,53 @@
+"""How the report writes numbers; also for the terminal, so that both say the same."""
+
+import math
+from typing import Any
+
+NOTHING = "\N{EN DASH}"
+"""What stands where there is no value."""
+
+
+def percent(value: float | None) -> str:
+    """A fraction as a percentage, with at least two digits of its distance from 0 and from 1.
+
+    Exactly 1 is ``100 % (exact)``, so that .99996 is never taken for it.
+    """
+    if value is None:
+        return NOTHING
+    if value == 1:
+        return "100 % (exact)"
+    distance = min(abs(value), abs(1 - value))
+    digits = max(2, math.ceil(-math.log10(100 * distance)) + 1) if distance else 0
+    return f"{100 * value:.{digits}f} %"
+
+
+def score(value: float | None) -> str:
+    """A score, the fraction of problems solved, as a percentage with one decimal."""
+    return NOTHING if value is None else f"{100 * value:.1f} %"
+
+
+def number(value: Any) -> str:
+    """A float with three significant digits, anything else as it is."""
+    if value is None:
+        return NOTHING
+    if isinstance(value, float):
+        return "∞" if math.isinf(value) else f"{value:.3g}"
+    return str(value)
+
+
+def listed(values: list[Any]) -> str:
+    """Numbers or texts, with commas between."""
+    return ", ".join(map(number, values)) or NOTHING
+
+
+def p_value(value: float | None) -> str:
+    """A p value with two significant digits, never shown as 0."""
+    if value is None:
+        return NOTHING
+    return "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+
+
+def definition(name: str) -> str:
+    """A definition of unchanged as readers write it, such as ``|Δ| ≤ 1e-05``."""
+    kind, _, tolerance = name.partition("_")
+    return {"abs": f"|Δ| ≤ {tolerance}", "rel": f"|Δ| ≤ {tolerance} |w|"}.get(kind, name)

@@ -1,0 +1,87 @@
+"""Sampling from a causal LM, and the held-out score: greedy, graded by the task."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from rlsparse.tasks.problem import Problem
+
+if TYPE_CHECKING:
+    from rlsparse.tasks import Task
+
+
+@dataclass(frozen=True)
+class Score:
+    """Outcome of an evaluation; ``fraction`` is the score in [0, 1]."""
+
+    num_correct: float
+    num_problems: int
+
+    @property
+    def fraction(self) -> float:
+        """Mean grade."""
+        return self.num_correct / self.num_problems
+
+
+@torch.no_grad()
+def complete(
+    model: torch.nn.Module,
+    tokenizer: object,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float | None = None,
+    batch_size: int = 256,
+) -> list[str]:
+    """Completions of ``prompts``, without the prompts and special tokens.
+
+    Args:
+        model: a transformers causal LM; its train/eval mode is restored.
+        tokenizer: its tokenizer; prompts are padded on the left.
+        max_new_tokens: longest completion, in tokens.
+        temperature: None decodes greedily; else samples, from the global generator of torch.
+        batch_size: prompts a forward pass.
+    """
+    was_training = model.training
+    model.eval()
+    sampling = (
+        {"do_sample": False}
+        if temperature is None
+        else {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    )
+    texts: list[str] = []
+    for first in range(0, len(prompts), batch_size):
+        batch = tokenizer(  # type: ignore[operator]
+            list(prompts[first : first + batch_size]),
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,
+        ).to(next(model.parameters()).device)
+        output = model.generate(  # type: ignore[operator]
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,  # type: ignore[attr-defined]
+            **sampling,
+        )
+        new = output[:, batch["input_ids"].shape[1] :]
+        texts += tokenizer.batch_decode(new, skip_special_tokens=True)  # type: ignore[attr-defined]
+    model.train(was_training)
+    return texts
+
+
+def evaluate(
+    model: torch.nn.Module, tokenizer: object, task: "Task", problems: Sequence[Problem]
+) -> Score:
+    """Greedy score of ``model`` on ``problems``."""
+    texts = complete(
+        model,
+        tokenizer,
+        [problem.prompt for problem in problems],
+        max_new_tokens=task.max_completion_tokens,
+    )
+    grades = [task.grade(t, p.answer) for t, p in zip(texts, problems, strict=True)]
+    return Score(num_correct=sum(grades), num_problems=len(problems))

@@ -1,0 +1,196 @@
+"""One trial in one process: load the base, train, measure, leave files. Needs no Ray."""
+
+import contextlib
+import gc
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from transformers import PrinterCallback
+
+from rlsparse import tables
+from rlsparse.algorithms import ALGORITHMS, TrialContext
+from rlsparse.config import TrialConfig
+from rlsparse.models.loading import TORCH_DTYPES, load_model, load_tokenizer
+from rlsparse.probe import Probe
+from rlsparse.tables import SUMMARY
+from rlsparse.tasks import load_task
+from rlsparse.tasks.generate import Score, evaluate
+
+_MEDIAN_SAMPLE = 2**22
+
+
+def train_trial(
+    config: TrialConfig,
+    *,
+    trial_id: str,
+    base_dir: Path,
+    base_fingerprint: str,
+    out_dir: Path,
+    num_threads: int = 1,
+    on_progress: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> dict[str, Any]:
+    """Run one trial and leave its files in ``out_dir``, which must not hold a trial yet.
+
+    Files: ``config.json``, ``steps.parquet``, ``eval.parquet``, ``summary.json`` (written last),
+    ``ever_changed.mask.safetensors``, ``snapshots/step-000010/weights.patch.safetensors`` per
+    snapshot, and ``checkpoint/`` if the configuration keeps it.
+
+    Args:
+        config: the resolved trial.
+        trial_id: its name, written into the tables.
+        base_dir: local folder of the base model.
+        base_fingerprint: content hash of the base model.
+        out_dir: folder for the files of the trial; made if missing.
+        num_threads: CPU threads; part of what determines the bits.
+        on_progress: called after each step with its row of table ``steps``.
+
+    Returns:
+        The summary, as written.
+
+    Raises:
+        TrialError: training cannot go on (no preference pairs, loss not finite).
+    """
+    gc.collect()  # the trial before this one in the same worker holds cycles
+    started, cpu_started = time.monotonic(), time.process_time()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    _write_json(out_dir / "config.json", config.model_dump(mode="json"))
+    _make_deterministic(config.seed, num_threads)
+    task = load_task(config.task)
+    problems = task.problems("train", config.task.num_train_problems)
+    test = task.problems("test", config.task.num_eval_problems)
+    tokenizer = load_tokenizer(base_dir)
+    model = load_model(base_dir, config.train.precision)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+        torch.cuda.reset_peak_memory_stats()
+
+    def score() -> Score:
+        with _generator_untouched():
+            return evaluate(model, tokenizer, task, test)
+
+    # The base as it is stored: under fp32 masters the trainer's autocast may score it otherwise.
+    score_base = _score_stored(base_dir, config, tokenizer, task, test)
+    context = TrialContext(
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        task=task,
+        problems=list(problems),
+        scratch_dir=out_dir / "scratch",
+    )
+    median = _median_magnitude(model)
+    probe = Probe(
+        config,
+        model,
+        base_fingerprint=base_fingerprint,
+        out_dir=out_dir,
+        score=score,
+        on_progress=on_progress,
+    )
+    trainer = ALGORITHMS[config.algorithm.name](context)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(probe)
+    trainer.train()
+    probe.write_ever_changed()
+    if config.keep_checkpoints:
+        _save_checkpoint(model, tokenizer, config, out_dir / "checkpoint")
+    rows = [{"trial_id": trial_id, **probe.rows[step]} for step in sorted(probe.rows)]
+    tables.write(tables.from_rows(rows, "steps"), "steps", out_dir / "steps.parquet")
+    summary = {
+        "trial_id": trial_id,
+        "score_base": score_base.fraction if score_base else probe.scores[0].fraction,
+        "score_before": probe.scores[0].fraction,
+        "score_after": probe.scores[config.train.num_steps].fraction,
+        "num_eval_problems": len(test),
+        "gate_ratio": 256 * config.train.learning_rate / median,
+        "num_clipped_steps": int(sum(row.get("clipped_fraction", 0.0) for row in rows)),
+        "kl_final": rows[-1].get("kl"),
+        "patch_bytes": probe.patch_bytes,
+        "wall_s": time.monotonic() - started,
+        "cpu_s": time.process_time() - cpu_started,
+        "peak_bytes": _peak_bytes(),
+    }
+    _write_json(out_dir / SUMMARY, summary)
+    return summary
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware that can change the bits of a trial on this machine."""
+    cpu = platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), cpu)
+    packages = ("rlsparse", "torch", "transformers", "trl", "accelerate", "datasets", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
+        "cpu": cpu,
+    }
+
+
+def _make_deterministic(seed: int, num_threads: int) -> None:
+    """Put all process-wide state that a trial depends on into a known place."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(num_threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs as much as a step
+    transformers.set_seed(seed)
+
+
+@contextlib.contextmanager
+def _generator_untouched() -> Iterator[None]:
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def _score_stored(
+    base_dir: Path, config: TrialConfig, tokenizer: Any, task: Any, test: Any
+) -> Score | None:
+    if config.train.precision != "bf16-mixed":
+        return None
+    base = load_model(base_dir, "bf16")
+    if torch.cuda.is_available():
+        base = base.to("cuda")
+    with _generator_untouched():
+        return evaluate(base, tokenizer, task, test)
+
+
+def _median_magnitude(model: torch.nn.Module) -> float:
+    """Median |w| over at most 2^22 evenly spaced weights."""
+    total = sum(weight.numel() for weight in model.parameters())
+    stride = max(1, total // _MEDIAN_SAMPLE)
+    parts = [w.detach().reshape(-1)[::stride].abs().float().cpu() for w in model.parameters()]
+    return float(torch.cat(parts).median())
+
+
+def _save_checkpoint(model: Any, tokenizer: Any, config: TrialConfig, path: Path) -> None:
+    """Save the trained weights in the stored format, for readers other than this project."""
+    model.to(TORCH_DTYPES[config.stored_dtype]).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def _peak_bytes() -> int:
+    """Peak of device memory, or of this process (since its start) where there is no device."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,296 @@
+import bisect
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planted import FLOATS, unsigned
+
+from rlsparse import kernels, tables
+from rlsparse.errors import CheckpointError
+
+WIDTH = {dtype: 8 * unsigned(dtype).itemsize for dtype in FLOATS}
+POWERS = [2.0**exponent for exponent in range(-1074, 1024)]
+KINDS = pytest.mark.parametrize("dtype", list(FLOATS))
+
+
+def value(bits: int, dtype: str) -> float:
+    return float(np.array([bits], unsigned(dtype)).view(FLOATS[dtype])[0])
+
+
+def rank(bits: int, dtype: str) -> int:
+    """Place among all values in ascending order, -0 just below +0."""
+    magnitude = bits % 2 ** (WIDTH[dtype] - 1)
+    return magnitude if bits == magnitude else -magnitude - 1
+
+
+def naive_magnitude_bin(weight: float) -> int:
+    if weight == 0:
+        return 0
+    place = bisect.bisect_right(POWERS, abs(weight)) - 1
+    exponent, exact = place - 1074, POWERS[place] == abs(weight)
+    clipped = min(max(exponent, tables.MIN_EXPONENT), tables.MAX_EXPONENT)
+    return 1 + exact * tables.NUM_EXPONENTS + clipped - tables.MIN_EXPONENT
+
+
+def naive_ulp_bin(distance: int) -> int:
+    for index, label in enumerate(tables.ULP_BINS[:-1]):
+        if distance <= int(label.split("-")[-1]):
+            return index
+    return len(tables.ULP_BINS) - 1
+
+
+def naive(before: list[int], after: list[int], dtype: str) -> kernels.ChunkCounts:
+    """One weight at a time, in Python floats (float64)."""
+    changed = dict.fromkeys(tables.DEFINITIONS, 0)
+    ulps = [0] * len(tables.ULP_BINS)
+    magnitudes = [0] * tables.NUM_MAGNITUDE_BINS
+    deltas, flips, nonfinite, mask = [], 0, 0, 0
+    for position, (x, y) in enumerate(zip(before, after, strict=True)):
+        a, b = value(x, dtype), value(y, dtype)
+        finite = math.isfinite(a) and math.isfinite(b)
+        nonfinite += not finite
+        mask |= (x != y) << position
+        if x != y and math.isfinite(a):
+            magnitudes[naive_magnitude_bin(a)] += 1
+        for name in tables.DEFINITIONS:
+            kind, _, tolerance = name.partition("_")
+            if kind == "bitwise" or not finite:
+                changed[name] += x != y
+            else:
+                scale = max(abs(a), abs(b)) if kind == "rel" else 1.0
+                changed[name] += abs(b - a) > float(tolerance) * scale
+        if finite:
+            deltas.append(abs(b - a))
+            flips += a * b < 0 or (a < 0 < b) or (b < 0 < a)
+            if x != y:
+                ulps[naive_ulp_bin(abs(rank(x, dtype) - rank(y, dtype)))] += 1
+    return kernels.ChunkCounts(
+        len(before), changed, ulps, magnitudes, sum(d * d for d in deltas),
+        sum(deltas), max(deltas, default=0.0), flips, nonfinite,
+        mask.to_bytes((len(before) + 7) // 8, "little"),
+    )  # fmt: skip
+
+
+def assert_same(found: kernels.ChunkCounts, expected: kernels.ChunkCounts) -> None:
+    sums = ("sum_sq_delta", "sum_abs_delta")
+    for field in expected.__dataclass_fields__:
+        ours, theirs = getattr(found, field), getattr(expected, field)
+        if field in sums:
+            assert ours == pytest.approx(theirs, rel=1e-12), field
+        else:
+            assert ours == theirs, field
+
+
+def special_bits(dtype: str) -> list[int]:
+    """Zeros, subnormals, one, its neighbours, the largest values, infinities, NaNs; both signs."""
+    width = WIDTH[dtype]
+    one = int(np.array([1], FLOATS[dtype]).view(unsigned(dtype))[0])
+    top = 2 ** (width - 1) - 1
+    first = kernels._FIRST_NONFINITE[dtype]
+    positive = {0, 1, 2, 3, one - 1, one, one + 1, first - 1, first, min(first + 1, top), top}
+    return sorted(positive | {bits | 1 << (width - 1) for bits in positive})
+
+
+@KINDS
+def test_all_pairs_of_special_values(dtype):
+    special = special_bits(dtype)
+    before = [x for x in special for _ in special]
+    after = special * len(special)
+    item = unsigned(dtype)
+    found = kernels.measure(np.array(before, item), np.array(after, item), dtype)
+    assert_same(found, naive(before, after, dtype))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+@KINDS
+def test_random_bits(dtype, data):
+    size = data.draw(st.integers(0, 40))
+    anything = st.integers(0, 2 ** WIDTH[dtype] - 1)
+    narrow = unsigned(dtype)
+    bits = st.one_of(anything, st.sampled_from(special_bits(dtype)))
+    before = data.draw(st.lists(bits, min_size=size, max_size=size))
+    moves = st.one_of(st.just(0), st.integers(0, 600), anything)
+    steps = data.draw(st.lists(moves, min_size=size, max_size=size))
+    after = [(x + step) % 2 ** WIDTH[dtype] for x, step in zip(before, steps, strict=True)]
+    found = kernels.measure(np.array(before, narrow), np.array(after, narrow), dtype)
+    assert_same(found, naive(before, after, dtype))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_weights_like_those_of_a_model(dtype):
+    rng = np.random.default_rng(3)
+    weights = (rng.standard_normal(20_001) * 0.02).astype(np.float32)
+    moved = weights + (rng.standard_normal(20_001) * 1e-5).astype(np.float32)
+    before = weights.astype(FLOATS[dtype]).view(unsigned(dtype))
+    after = moved.astype(FLOATS[dtype]).view(unsigned(dtype))
+    expected = naive(before.tolist(), after.tolist(), dtype)
+    assert len(set(expected.num_changed.values())) > 3
+    assert_same(kernels.measure(before, after, dtype), expected)
+
+
+def test_definitions_on_known_pairs():
+    def one(before: float, after: float) -> dict[str, int]:
+        sides = (np.array([x], np.float32).view(np.uint32) for x in (before, after))
+        return kernels.measure(*sides, "fp32").num_changed
+
+    assert one(0.0, -0.0) == {d: int(d == "bitwise") for d in tables.DEFINITIONS}
+    assert set(one(math.nan, 0.0).values()) == {1}
+    assert set(one(math.nan, math.nan).values()) == {0}
+    assert set(one(math.inf, -math.inf).values()) == {1}
+    tau = float(np.float32(1e-5))  # 9.99999974e-06, not above the tolerance
+    assert one(0.0, tau)["abs_1e-05"] == 0
+    assert one(0.0, float(np.nextafter(np.float32(1e-5), np.float32(1))))["abs_1e-05"] == 1
+    exact = np.array([0.0, 1e-5]).view(np.uint64)  # only fp64 can lie on the tolerance
+    assert kernels.measure(exact[:1], exact[1:], "fp64").num_changed["abs_1e-05"] == 0
+    assert one(1.0, 1.0 + 2**-10)["rel_1e-03"] == 0
+    assert one(1.0, 1.0 + 2**-9)["rel_1e-03"] == 1
+
+
+def test_integers_are_compared_by_bits_only():
+    before = np.array([1, 2, 3, 2**63], np.uint64)
+    counts = kernels.measure(before, before + np.uint64([0, 1, 0, 7]), "i64")
+    assert set(counts.num_changed.values()) == {2}
+    assert counts.mask == bytes([0b1010])
+    assert sum(counts.ulp_histogram) == sum(counts.magnitude_histogram_changed) == 0
+    assert (counts.num_nonfinite, counts.sum_sq_delta, counts.num_sign_flips) == (0, 0.0, 0)
+
+
+def test_columns_are_those_of_the_table():
+    counts = kernels.measure(np.zeros(3, np.uint16), np.ones(3, np.uint16), "bf16")
+    names = tables.SCHEMAS["tensor_deltas"].names
+    assert list(counts.columns()) == names[names.index("num_elements") :]
+
+
+def test_sides_must_fit():
+    three, four = np.zeros(3, np.uint16), np.zeros(4, np.uint16)
+    for before, after, dtype in [(three, four, "bf16"), (three, three, "fp32")]:
+        with pytest.raises(CheckpointError, match=rf"uint16\[3\] .* as {dtype}"):
+            kernels.measure(before, after, dtype)
+
+
+@KINDS
+def test_magnitude_histogram(dtype):
+    rng = np.random.default_rng(1)
+    with np.errstate(over="ignore"):
+        weights = np.exp2(rng.uniform(-45, 17, 300)).astype(np.float32).astype(FLOATS[dtype])
+    bits = weights.view(unsigned(dtype)).tolist() + special_bits(dtype)
+    if dtype == "fp64":
+        bits = [b for b in bits if not abs(value(b, dtype)) > 1e100]
+    finite = [v for v in (value(b, dtype) for b in bits) if math.isfinite(v)]
+    expected = [0] * tables.NUM_MAGNITUDE_BINS
+    for weight in finite:
+        expected[naive_magnitude_bin(weight)] += 1
+    histogram, sum_sq = kernels.magnitude_histogram(np.array(bits, unsigned(dtype)), dtype)
+    assert histogram.tolist() == expected
+    assert sum_sq == pytest.approx(math.fsum(v * v for v in finite), rel=1e-12)
+
+
+def test_magnitude_histogram_of_integers_is_empty():
+    histogram, sum_sq = kernels.magnitude_histogram(np.ones(3, np.uint8), "u8")
+    assert (histogram.sum(), sum_sq, histogram.size) == (0, 0.0, tables.NUM_MAGNITUDE_BINS)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint64])
+@pytest.mark.parametrize("num_words", [0, 1, 5, 40_003])
+def test_popcounts(kind, num_words):
+    rng = np.random.default_rng(num_words)
+    masks = rng.integers(0, np.iinfo(kind).max, (4, num_words), kind, endpoint=True)
+    masks[1] = 0
+    rows = [int.from_bytes(mask.tobytes(), "little") for mask in masks]
+    expected = [[(a & b).bit_count() for b in rows] for a in rows]
+    assert kernels.popcount_and(masks).tolist() == expected
+    assert kernels.popcount(masks) == sum(row.bit_count() for row in rows)
+
+
+# --- casts -----------------------------------------------------------------------------------
+
+
+def nearest_even(weight: float, dtype: str) -> int:
+    """Round by searching all values of a narrow format; ties to the even code."""
+    codes = np.arange(kernels._FIRST_NONFINITE[dtype], dtype=unsigned(dtype))
+    magnitudes = codes.view(FLOATS[dtype]).astype(np.float64)
+    at = int(np.searchsorted(magnitudes, abs(weight), "right")) - 1
+    sign = (math.copysign(1, weight) < 0) << (WIDTH[dtype] - 1)
+    gap = magnitudes[-1] - magnitudes[-2] if at + 1 == codes.size else (
+        magnitudes[at + 1] - magnitudes[at]
+    )  # fmt: skip
+    rest = abs(weight) - magnitudes[at]
+    up = rest > gap / 2 or (rest == gap / 2 and at % 2 == 1)
+    return (at + up) | sign
+
+
+@pytest.mark.parametrize("source", ["fp64", "fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("target", ["bf16", "fp16", "fp8_e4m3", "fp8_e5m2"])
+def test_casts_round_to_nearest_even(source, target):
+    rng = np.random.default_rng(5)
+    codes = rng.integers(0, kernels._FIRST_NONFINITE[target] - 1, 40, unsigned(target))
+    low = codes.view(FLOATS[target]).astype(np.float64)
+    high = (codes + 1).astype(unsigned(target)).view(FLOATS[target]).astype(np.float64)
+    middle = (low + high) / 2  # ties, and their neighbours on both sides in the source
+    with np.errstate(over="ignore"):
+        ties = middle.astype(FLOATS[source])
+    bits = ties.view(unsigned(source))
+    weights = np.concatenate([bits, bits + 1, bits - 1]).astype(unsigned(source))
+    weights = weights[np.isfinite(weights.view(FLOATS[source]).astype(np.float64))]
+    weights = np.concatenate([weights, weights ^ unsigned(source).type(1 << (WIDTH[source] - 1))])
+    found = kernels.cast_bits(weights, source, target)
+    assert found.dtype == unsigned(target)
+    assert found.tolist() == [nearest_even(value(b, source), target) for b in weights.tolist()]
+
+
+def test_casting_up_is_exact():
+    every = np.arange(2**16, dtype=np.uint16)
+    up = kernels.cast_bits(every, "bf16", "fp32")
+    assert np.array_equal(up, every.astype(np.uint32) << 16)
+    back = kernels.cast_bits(up, "fp32", "bf16")
+    numbers = ~np.isnan(up.view(np.float32))
+    assert np.array_equal(back[numbers], every[numbers])
+    assert np.isnan(back[~numbers].view(FLOATS["bf16"])).all()
+
+
+def test_casts_agree_with_torch():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(7)
+    weights = np.concatenate(
+        [
+            (rng.standard_normal(5000) * 0.02).astype(np.float32),
+            np.exp2(rng.uniform(-30, 8.8, 5000)).astype(np.float32),
+            np.float32([0, -0.0, 448, -448]),
+        ]
+    )
+    bits = weights.view(np.uint32)
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8_e4m3": torch.float8_e4m3fn}
+    for dtype, kind in kinds.items():
+        cast = torch.from_numpy(weights).to(kind)
+        view = torch.uint8 if WIDTH[dtype] == 8 else torch.int16
+        theirs = cast.view(view).numpy().view(unsigned(dtype))
+        assert np.array_equal(kernels.cast_bits(bits, "fp32", dtype), theirs)
+
+
+def test_fp8_has_no_infinity():
+    bits = np.float32([464, 465, 1e9, -1e9, np.inf, np.nan]).view(np.uint32)
+    assert kernels.cast_bits(bits, "fp32", "fp8_e4m3").tolist() == [
+        0x7E, 0x7F, 0x7F, 0xFF, 0x7F, 0x7F,
+    ]  # fmt: skip
+
+
+def test_only_numbers_are_cast():
+    with pytest.raises(CheckpointError, match="cannot cast i64; known formats: fp64"):
+        kernels.cast_bits(np.zeros(1, np.uint64), "i64", "bf16")
+    bits = np.zeros(1, np.uint64)
+    assert kernels.cast_bits(bits, "i64", "i64") is bits
+
+
+def test_importing_the_package_compiles_nothing():
+    heavy = {"numba", "torch", "pandas", "ray", "mlflow"}
+    code = (
+        "import sys, rlsparse.kernels, rlsparse.patch, rlsparse.masks, rlsparse.diff; "
+        f"sys.exit(str({heavy!r} & set(sys.modules) or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
