@@ -273,20 +273,32 @@ def _print_results(plan: "Plan", tables: "dict[str, pa.Table]") -> None:
             "" if lift is None else f"{lift:.2f}",
         )
     console.print(runs, markup=False)
-    claims = Table(title="claims", title_justify="left")
-    for column in ("claim", "verdict", "estimate", "interval", "scope and note"):
-        claims.add_column(column)
-    for row in claim_rows(tables):
-        interval = [_number(row[key]) for key in ("ci_low", "ci_high") if row[key] is not None]
-        remarks = "; ".join(filter(None, [row["scope"], row["note"]]))
-        claims.add_row(
-            row["id"], row["verdict"], _number(row["estimate"]), " .. ".join(interval), remarks
-        )
-    console.print(claims, markup=False)
-    where = plan.storage.url
-    print(f"report  {where}/report/index.html")
-    print(f"tables  {where}/tables")
-    print(f"MLflow  mlflow ui --workers 1 --backend-store-uri {tracking_uri(plan)}")
+    rows = claim_rows(tables)
+    if rows:
+        claims = Table(title="claims", title_justify="left")
+        for column in ("claim", "verdict", "estimate", "interval", "note"):
+            claims.add_column(column)
+        for row in rows:
+            ends = [_number(row[key]) for key in ("ci_low", "ci_high") if row[key] is not None]
+            claims.add_row(
+                row["id"], row["verdict"], _number(row["estimate"]), " .. ".join(ends), row["note"]
+            )
+        console.print(claims, markup=False)
+        for scope in dict.fromkeys(row["scope"] for row in rows):
+            print(f"scope   {scope}")
+    folder = _relative(plan.storage.url)
+    uri = tracking_uri(plan)
+    if uri.startswith("sqlite:///"):
+        uri = f"sqlite:///{_relative(uri.removeprefix('sqlite:///'))}"
+    mlflow = _relative(str(Path(sys.executable).parent / "mlflow"))
+    print(f"tables  {folder}/tables")
+    print(f"report  xdg-open {folder}/report/index.html")
+    print(f"MLflow  {mlflow} ui --workers 1 --backend-store-uri {uri}")
+
+
+def _relative(path: str) -> str:
+    """The path as seen from here, if that is shorter to read."""
+    return path if "://" in path else min(path, os.path.relpath(path), key=len)
 
 
 def _print_diff(result: dict[str, Any]) -> None:

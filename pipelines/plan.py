@@ -7,16 +7,16 @@ from pathlib import Path
 from pipelines.ledger import Entry, Ledger
 from pipelines.storage import Storage
 from rlsparse.checkpoint import Checkpoint, fingerprint
-from rlsparse.config import STORED_DTYPE, GrpoConfig, ModelConfig, TrialConfig
+from rlsparse.config import STORED_DTYPE, DpoConfig, ModelConfig, TrialConfig
 from rlsparse.errors import CheckpointError, ConfigError
 from rlsparse.models import resolve
 from rlsparse.study import Study, Trial, expand
 from rlsparse.tasks import task_version
 
 _ITEMSIZE = {"bf16": 2, "fp32": 4}
-_CPU_SECONDS_PER_WEIGHT_TOKEN = 6e-11
-"""Measured with the tiny base on one core, forward and backward: 64 x 16 tokens x 0.86 M weights
-take about 0.05 s. A rough guide: hardware and model size move it several-fold."""
+_FLOP_PER_S = 2e10
+"""Measured for the tiny base on one core; a rough guide, several-fold off on other hardware."""
+_PROMPT_TOKENS = 12
 _STARTUP_S = 25.0
 
 
@@ -115,13 +115,16 @@ def patch_bytes(config: TrialConfig, num_weights: int) -> int:
 
 
 def cpu_seconds(config: TrialConfig, num_weights: int) -> float:
-    """Rough CPU time of a trial, from weights x tokens; see the constant's note."""
-    tokens = config.train.num_steps * config.train.batch_size * 16
-    passes = {"sft": 1.0, "dpo": 2.7, "grpo": 1.7}[config.algorithm.name]
-    if isinstance(config.algorithm, GrpoConfig) and config.algorithm.kl_coef > 0:
-        passes += 0.3
-    scores = (len(config.snapshot_steps) + 1) * config.task.num_eval_problems * 16 / 3
-    return (tokens * passes + scores) * num_weights * _CPU_SECONDS_PER_WEIGHT_TOKEN * 60
+    """Rough CPU time of a trial: floating-point operations over a measured rate."""
+    length = _PROMPT_TOKENS + config.task.max_completion_tokens
+    steps = config.train.num_steps * config.train.batch_size
+    work = steps * config.algorithm.FLOP_PER_WEIGHT_TOKEN
+    num_scores = len(config.snapshot_steps) + 1 if config.probe.score_snapshots else 2
+    work += 2.0 * num_scores * config.task.num_eval_problems
+    if isinstance(config.algorithm, DpoConfig):
+        samples = config.task.num_train_problems * config.algorithm.num_samples_per_prompt
+        work += 2.0 * samples
+    return work * length * num_weights / _FLOP_PER_S
 
 
 def wall_seconds(plan: Plan, num_cpus: int) -> float:

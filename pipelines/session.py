@@ -23,6 +23,8 @@ class RaySession:
             return
         os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
         os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+        # Else Tune takes Ctrl-C for the wish to end the sweep, and the study would go on.
+        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
         import ray
 
         settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}

@@ -100,9 +100,10 @@ def _sweep(plan: Plan, todo: list[Trial], console: Console) -> None:
     class Tracked(Progress):
         """Progress that also brings MLflow up to date."""
 
-        def started(self, trial_id: str) -> None:
-            super().started(trial_id)
-            tracker.sync([by_id[trial_id]])
+        def stepped(self, trial_id: str, row: dict[str, Any]) -> None:
+            if not self.running[trial_id]:  # now the worker has told the ledger that it runs
+                tracker.sync([by_id[trial_id]])
+            super().stepped(trial_id, row)
 
         def ended(self, trial_id: str) -> None:
             super().ended(trial_id)

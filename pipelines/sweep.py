@@ -6,6 +6,7 @@ reused from trial to trial, because importing torch and TRL takes longer than a 
 """
 
 import os
+import shutil
 import socket
 import tempfile
 import time
@@ -77,7 +78,10 @@ def run_trial(spec: dict[str, Any], report: Any = lambda metrics: None) -> None:
     storage, name = Storage(spec["storage"]), spec["trial_id"]
     config = TrialConfig.model_validate(spec["config"])
     ledger = Ledger(storage)
-    ledger.start(name, host=socket.gethostname(), pid=os.getpid(), versions=environment())
+    host, dead = socket.gethostname(), ledger.get(name)
+    if dead.host == host and dead.status == "running":  # an attempt that was killed left its files
+        shutil.rmtree(_scratch(name, dead.pid), ignore_errors=True)
+    ledger.start(name, host=host, pid=os.getpid(), versions=environment())
     last = 0.0
 
     def on_progress(row: dict[str, Any]) -> None:
@@ -86,7 +90,8 @@ def run_trial(spec: dict[str, Any], report: Any = lambda metrics: None) -> None:
             last = time.monotonic()
             report({key: value for key, value in row.items() if value is not None})
 
-    with tempfile.TemporaryDirectory(prefix="rlsparse-trial-") as folder:
+    folder = _scratch(name, os.getpid())
+    try:
         try:
             base = load_base(config.model, expect=spec["base_fingerprint"])
             train_trial(
@@ -94,15 +99,22 @@ def run_trial(spec: dict[str, Any], report: Any = lambda metrics: None) -> None:
                 trial_id=name,
                 base_dir=base.path,
                 base_fingerprint=base.fingerprint,
-                out_dir=Path(folder),
+                out_dir=folder,
                 num_threads=spec["num_threads"],
                 on_progress=on_progress,
             )
         except RlsparseError as error:
             ledger.fail(name, f"{type(error).__name__}: {error}")
             return
-        storage.publish(Path(folder), f"trials/{name}")
+        storage.publish(folder, f"trials/{name}")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     ledger.finish(name)
+
+
+def _scratch(trial_id: str, pid: int | None) -> Path:
+    """Where a worker process keeps the files of a trial until they are published."""
+    return Path(tempfile.gettempdir()) / f"rlsparse-trial-{trial_id}-{pid}"
 
 
 def _spec(plan: Plan, trial: Trial) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pyarrow as pa
 from mlflow.entities import Metric, Param, Run
 from mlflow.tracking import MlflowClient
@@ -90,6 +89,8 @@ class Tracker:
             self._log(run_id, self._metrics(trial, entry))
         if entry.error:
             self.client.set_tag(run_id, "error", entry.error[:5000])
+        elif "error" in run.data.tags:
+            self.client.delete_tag(run_id, "error")
         end = None if entry.ended_at is None else int(entry.ended_at * 1000)
         if entry.status == "running":
             self.client.update_run(run_id, _STATUS["running"])
@@ -212,5 +213,4 @@ def _client(uri: str) -> MlflowClient:
     with contextlib.suppress(KeyError):
         # With this set, MLflow would write into that run instead of ours (mlflow#15713).
         del os.environ["MLFLOW_RUN_ID"]
-    mlflow.set_tracking_uri(uri)
     return MlflowClient(uri)

@@ -25,7 +25,7 @@ import pandas as pd
 import pyarrow as pa
 from scipy import special
 
-from rlsparse import inference, tables
+from rlsparse import statistics, tables
 from rlsparse.config import canonical_json
 from rlsparse.evidence import (
     IDENTICAL,
@@ -37,7 +37,7 @@ from rlsparse.evidence import (
     observe,
     selectors,
 )
-from rlsparse.inference import Floats
+from rlsparse.statistics import Floats
 from rlsparse.study import (
     AboveNullClaim,
     Claim,
@@ -251,20 +251,20 @@ def _p_value(claim: Claim, response: Response, found: Evidence) -> float:
         mean = values.mean()
         edges = [edge for edge in (region.low, region.high) if np.isfinite(edge)]
         if region.low < mean < region.high:
-            p = max((inference.t_p_value(values, edge) for edge in edges), default=0.0)
+            p = max((statistics.t_p_value(values, edge) for edge in edges), default=0.0)
             p_values.append(p / 2 if isinstance(claim, EquivalentClaim) else p)
         elif isinstance(claim, EquivalentClaim):
             p_values.append(1.0)
         else:
             nearest = region.low if mean <= region.low else region.high
-            p_values.append(inference.t_p_value(values, nearest))
+            p_values.append(statistics.t_p_value(values, nearest))
     return max(p_values)
 
 
 def _holm(p_values: Mapping[str, float]) -> dict[str, tuple[float, float, int]]:
     """Per claim its adjusted p value, the level of its interval, and the size of the family."""
     given = list(p_values.values())
-    adjusted, levels = inference.holm(given), inference.holm_levels(given, ALPHA)
+    adjusted, levels = statistics.holm(given), statistics.holm_levels(given, ALPHA)
     return {
         name: (float(p), float(level), len(given))
         for name, p, level in zip(p_values, adjusted, levels, strict=True)
@@ -301,17 +301,17 @@ def _judge_tested(
         "verdict": verdict,
         "ci_level": level,
         "p_value": None if np.isnan(p_value) else p_value,
-        "p_floor": inference.sign_flip_floor(num_runs),
+        "p_floor": statistics.sign_flip_floor(num_runs),
     }
     if own.contrasts:
-        intervals = [inference.t_interval(values, level) for values in own.contrasts]
+        intervals = [statistics.t_interval(values, level) for values in own.contrasts]
         widest = max(intervals, key=lambda one: np.nan_to_num(max(abs(one[1]), abs(one[2]))))
         with np.errstate(over="ignore"):
             shown = [float(region.back(bound)) for bound in widest]
         names = ("estimate", "ci_low", "ci_high")
         row |= {n: None if np.isnan(v) else v for n, v in zip(names, shown, strict=True)}
     notes = [why, own.remark]
-    if verdict != UNDECIDED and p_value < inference.sign_flip_floor(num_runs):
+    if verdict != UNDECIDED and p_value < statistics.sign_flip_floor(num_runs):
         notes.append("the p value is below what exact sign flips of so few seeds can give")
     if len(found) > 1:
         other = {str(d): v for d, (v, _) in verdicts.items() if v != verdict}
@@ -326,7 +326,7 @@ def _verdict(claim: Claim, region: _Region, level: float, found: Evidence) -> tu
     """Verdict and why."""
     if found.reason:
         return UNDECIDED, found.reason
-    bounds = [inference.t_interval(values, level)[1:] for values in found.contrasts]
+    bounds = [statistics.t_interval(values, level)[1:] for values in found.contrasts]
     if all(region.low < low and high < region.high for low, high in bounds):
         return SUPPORTED, ""
     beyond = any(high < region.low or low > region.high for low, high in bounds)

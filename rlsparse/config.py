@@ -6,7 +6,7 @@ torch. Adding an algorithm or a task starts here, with one class and one entry i
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -55,7 +55,12 @@ TaskConfig = ChainSumConfig
 
 
 class SftConfig(Config):
-    """Supervised fine-tuning on gold completions, the control that every RL claim needs."""
+    """Supervised fine-tuning on gold completions, the control that every RL claim needs.
+
+    ``FLOP_PER_WEIGHT_TOKEN`` of each algorithm class is for the estimate of ``--dry-run``.
+    """
+
+    FLOP_PER_WEIGHT_TOKEN: ClassVar[float] = 6.0
 
     name: Literal["sft"] = "sft"
 
@@ -66,6 +71,8 @@ class DpoConfig(Config):
     ``beta`` is DPO's own temperature; it is not a KL coefficient and is never pooled with one.
     """
 
+    FLOP_PER_WEIGHT_TOKEN: ClassVar[float] = 16.0  # two sequences, each with a reference pass
+
     name: Literal["dpo"] = "dpo"
     beta: float = Field(0.1, gt=0)
     num_samples_per_prompt: int = Field(8, ge=2)
@@ -74,6 +81,8 @@ class DpoConfig(Config):
 
 class GrpoConfig(Config):
     """Group relative policy optimisation (2402.03300), strictly on-policy by default."""
+
+    FLOP_PER_WEIGHT_TOKEN: ClassVar[float] = 8.0  # samples first
 
     name: Literal["grpo"] = "grpo"
     kl_coef: float = Field(0.0, ge=0)

@@ -96,6 +96,9 @@ def measure_patch(
             place = _place(info, chunk)
             for view in views:
                 counts = _measure_view(before, after, dtype, dtype, view)
+                if dtype != info.dtype:
+                    stored = info.read(chunk.start, chunk.stop)
+                    counts = _binned_by(counts, stored, info.dtype)
                 row = {"trial_id": trial_id, "view": view, **place}
                 delta = {"step_before": 0, "step_after": step, "dtype": dtype, **counts.columns()}
                 deltas.append(row | delta)
@@ -157,9 +160,14 @@ def _measure_view(
     counts = measure(
         cast_bits(before, dtype_before, view), cast_bits(after, dtype_after, view), view
     )
+    return _binned_by(counts, before, dtype_before)
+
+
+def _binned_by(counts: ChunkCounts, before: Bits, dtype: str) -> ChunkCounts:
+    """``counts`` with the changed weights binned by the magnitude of ``before``."""
     mask = np.frombuffer(counts.mask, np.uint8)
     changed = np.unpackbits(mask, count=before.size, bitorder="little").view(np.bool_)
-    histogram, _ = magnitude_histogram(before[changed], dtype_before)
+    histogram, _ = magnitude_histogram(before[changed], dtype)
     return replace(counts, magnitude_histogram_changed=histogram.tolist())
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 from rlsparse import tables
 from rlsparse.config import canonical_json
 from rlsparse.errors import TableError
-from rlsparse.inference import (
+from rlsparse.statistics import (
     CI_LEVEL,
     Floats,
     holm,
@@ -105,12 +105,12 @@ def _scores(trials: pa.Table, steps: pa.Table) -> pd.DataFrame:
 def scaled(frame: pd.DataFrame) -> Floats:
     """Values of rows of ``responses`` on the scale of their contrasts.
 
-    Log odds of sparsity and of score_after; score_gain as it is.
+    Log odds of sparsity and of score_after (nan where the number of problems is not known);
+    score_gain as it is.
     """
-    counted = frame["numerator"].notna().to_numpy()
-    odds = log_odds(frame["numerator"].fillna(0), frame["n"].fillna(0))
     sign = np.where(frame["response"].str.startswith("sparsity."), -1.0, 1.0)
-    return np.where(counted, sign * odds, frame["value"].to_numpy(np.float64))
+    odds = sign * log_odds(frame["numerator"], frame["n"])
+    return np.where(frame["response"] == "score_gain", frame["value"].to_numpy(np.float64), odds)
 
 
 def snapshots(frame: pd.DataFrame, trial_id: str, response: str) -> pd.DataFrame:
@@ -121,13 +121,20 @@ def snapshots(frame: pd.DataFrame, trial_id: str, response: str) -> pd.DataFrame
         trial_id: the run.
         response: a sparsity response.
     """
-    ours = frame[frame["trial_id"] == trial_id].set_index("step")
+    ours = frame[frame["trial_id"] == trial_id]
     counted = ours[ours["response"] == response]
-    density = pd.Series(log_density(counted["numerator"], counted["n"]), counted.index, dtype=float)
-    score = ours.loc[ours["response"] == "score_after", "value"]
-    table = pd.DataFrame({"log_density": density, "score": score}).sort_index()
-    result: pd.DataFrame = table.rename_axis("step").reset_index()
-    return result
+    scored = ours[ours["response"] == "score_after"]
+    density = log_density(counted["numerator"], counted["n"])
+    columns = {
+        "log_density": dict(zip(counted["step"], density, strict=True)),
+        "score": dict(zip(scored["step"], scored["value"], strict=True)),
+    }
+    steps = sorted({step for column in columns.values() for step in column})
+    values = {
+        name: np.array([column.get(step, np.nan) for step in steps], np.float64)
+        for name, column in columns.items()
+    }
+    return pd.DataFrame({"step": np.array(steps, np.int64), **values})
 
 
 def density_at(run: pd.DataFrame, at: At | None) -> tuple[float | None, str]:

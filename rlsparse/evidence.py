@@ -16,7 +16,7 @@ import pyarrow as pa
 from rlsparse import effects, tables
 from rlsparse.config import canonical_json
 from rlsparse.effects import Pair
-from rlsparse.inference import Floats, jackknife, odds_unchanged, t_interval
+from rlsparse.statistics import Floats, jackknife, odds_unchanged, t_interval
 from rlsparse.study import (
     MIN_SEEDS,
     AboveNullClaim,
@@ -222,7 +222,8 @@ def _read(
     rows = rows[rows["step"] == at.step] if at else rows[rows["last"]]
     if rows.empty:
         return None, f"no {response.name}" + (f" at step {at.step}" if at else "")
-    return float(effects.scaled(rows)[0]), ""
+    value = float(effects.scaled(rows)[0])
+    return (None, "num_eval_problems is not known") if np.isnan(value) else (value, "")
 
 
 def _read_pair(
@@ -235,7 +236,8 @@ def _read_pair(
         if np.isnan(common):
             return nan, nan, "a run has no score"
         at = At(score=common)
-    (a, why_a), (b, why_b) = (_read(seen, at, response, trial) for trial in (pair.a, pair.b))
+    a, why_a = _read(seen, at, response, pair.a)
+    b, why_b = (a, why_a) if pair.a == pair.b else _read(seen, at, response, pair.b)
     return (nan, nan, why_a or why_b) if a is None or b is None else (a, b, "")
 
 

@@ -5,8 +5,10 @@ the line); ``expand`` turns baseline x factors x seeds, and the controls, into t
 """
 
 import difflib
+import functools
 import io
 import itertools
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,9 +18,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import YAMLError
 
-from rlsparse.config import Config, ModelConfig, TrialConfig, canonical_json, trial_id
+from rlsparse.config import (
+    AlgorithmConfig,
+    Config,
+    ModelConfig,
+    TrialConfig,
+    canonical_json,
+    trial_id,
+)
 from rlsparse.errors import ConfigError
 
 Scalar = bool | int | float | str | None
@@ -216,7 +225,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
         document = yaml.load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read study file {path}: {error.strerror}") from error
-    except (MarkedYAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from error
     if not isinstance(document, dict):
         raise ConfigError(f"{path} must be a mapping with question, baseline, factors, seeds ...")
@@ -256,11 +265,13 @@ def _set(raw: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r} must look like dotted.path=value")
     try:
         value = _plain(YAML(typ="rt", pure=True).load(io.StringIO(text)))
-    except MarkedYAMLError as error:
+    except YAMLError as error:
         raise ConfigError(
             f"--set {override!r}: the value is not YAML: {_one_line(error)}"
         ) from error
     parts = key.split(".")
+    if parts[0] == "factors":  # its keys are dotted paths themselves
+        parts = key.split(".", 1)
     if parts[0] in TrialConfig.model_fields:
         parts.insert(0, "baseline")
     node = raw
@@ -285,12 +296,14 @@ def _explain(error: Any, document: Any, path: Path) -> str:
     node, line, shown = document, 1, list[str]()
     candidates: list[type[BaseModel]] = [Study]
     for part in error["loc"]:
+        # YAML reads the key `null` as the value null.
+        key = None if part == "null" and isinstance(node, dict) and None in node else part
         inside = isinstance(node, (dict, list)) and (
-            part in node if isinstance(node, dict) else isinstance(part, int) and part < len(node)
+            key in node if isinstance(node, dict) else isinstance(key, int) and key < len(node)
         )
         if inside:
-            line = (node.lc.item(part) if isinstance(part, int) else node.lc.key(part))[0] + 1
-            node = node[part]
+            line = (node.lc.item(key) if isinstance(key, int) else node.lc.key(key))[0] + 1
+            node = node[key]
             shown.append(str(part))
         elif isinstance(part, str) and any(_tag(c) == part for c in candidates):
             candidates = [c for c in candidates if _tag(c) == part]
@@ -418,10 +431,9 @@ def reference_level(study: Study, path: str) -> str:
     The baseline's own value when it is a level, else the first level.
     """
     levels = study.factors[path]
-    own: Any = study.baseline.model_dump(mode="json")
-    for part in path.split("."):
-        own = own.get(part) if isinstance(own, dict) else None
-    return level_label(own if own in levels else levels[0])
+    own = study.baseline.model_dump(mode="json", exclude={"seed"})
+    is_own = (level for level in levels if _has(own, path) and _at_level(own, path, level) == own)
+    return level_label(next(is_own, levels[0]))
 
 
 def _cells(study: Study) -> list[tuple[dict[str, Any], dict[str, str]]]:
@@ -432,14 +444,9 @@ def _cells(study: Study) -> list[tuple[dict[str, Any], dict[str, str]]]:
         config = study.baseline.model_dump(mode="json", exclude={"seed"})
         cell: dict[str, str] = {}
         for path, level in zip(paths, levels, strict=True):
-            if path == "algorithm.name":
-                if level != config["algorithm"]["name"]:
-                    config = {**config, "algorithm": {"name": level}}
-            elif not _has(config, path):
-                continue
-            else:
-                config = _with(config, path, level)
-            cell[path] = level_label(level)
+            if _has(config, path):
+                config = _at_level(config, path, level)
+                cell[path] = level_label(level)
         resolved = _resolve(config, cell)
         cells.setdefault(canonical_json(resolved), (resolved, cell))
     return list(cells.values())
@@ -458,13 +465,33 @@ def _resolve(config: dict[str, Any], cell: dict[str, str]) -> dict[str, Any]:
 
 
 def _has(config: dict[str, Any], path: str) -> bool:
-    """Whether the resolved trial of ``config`` has a field at ``path``."""
-    node: Any = TrialConfig.model_validate(config).model_dump(mode="json")
+    """Whether ``config``, which has its defaults filled, has a field at ``path``."""
+    node: Any = config
     for part in path.split("."):
         if not isinstance(node, dict) or part not in node:
             return False
         node = node[part]
     return True
+
+
+def _at_level(config: dict[str, Any], path: str, level: Level) -> dict[str, Any]:
+    """``config`` with the field at ``path`` at ``level``.
+
+    A mapping changes only the fields that it lists, but another algorithm has its own defaults.
+    """
+    if path == "algorithm.name":
+        path, level = "algorithm", {"name": level}
+    if isinstance(level, dict):
+        own = functools.reduce(operator.getitem, path.split("."), config)
+        if path == "algorithm" and level.get("name", own["name"]) != own["name"]:
+            own = _algorithm_defaults(level["name"])
+        level = {**own, **level} if isinstance(own, dict) else level
+    return _with(config, path, level)
+
+
+def _algorithm_defaults(name: Any) -> dict[str, Any]:
+    models = (model for model in _models(AlgorithmConfig) if _tag(model) == name)
+    return {key: field.default for model in models for key, field in model.model_fields.items()}
 
 
 def _with(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -477,6 +504,8 @@ def _check_factors(study: Study, raw: dict[str, Any]) -> None:
     for path in study.factors:
         if path == "seed":
             raise ConfigError("factors: seed is not a factor; list the seeds under `seeds`")
+    if "seed" in raw["baseline"]:
+        raise ConfigError("baseline: seed has no place here; list the seeds under `seeds`")
     cells = _cells(study)
     known = sorted({path for config, _ in cells for path in _paths(config)})
     for path in study.factors:

@@ -225,7 +225,13 @@ def test_another_base_is_refused_before_anything_is_written(tmp_path, pair):
         r"is bf16 \[16, 37\]": {
             **pair.tensors_before, first: Tensor("bf16", (16, 37), tensor.bits),
         },
-        "is fp16": {**pair.tensors_before, first: Tensor("fp16", tensor.shape, tensor.bits)},
+        "is u8": {
+            **pair.tensors_before, first: Tensor("u8", tensor.shape, tensor.bits.astype(np.uint8)),
+        },
+        # Another float format is cast, so only the fingerprint tells.
+        "belongs to the base": {
+            **pair.tensors_before, first: Tensor("fp16", tensor.shape, tensor.bits),
+        },
     }  # fmt: skip
     for number, (message, tensors) in enumerate(others.items()):
         base = planted.write_folder(tmp_path / f"base{number}", tensors)

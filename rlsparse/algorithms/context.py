@@ -10,6 +10,9 @@ from rlsparse.config import TrialConfig
 from rlsparse.optim import build_optimizer
 from rlsparse.tasks import Problem, Task
 
+# transformers' own "constant" ignores the warmup.
+_SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
 
 @dataclass(frozen=True)
 class TrialContext:
@@ -32,7 +35,7 @@ class TrialContext:
             "per_device_train_batch_size": micro // train.gradient_accumulation_steps,
             "gradient_accumulation_steps": train.gradient_accumulation_steps,
             "learning_rate": train.learning_rate,
-            "lr_scheduler_type": train.lr_schedule,
+            "lr_scheduler_type": _SCHEDULES[train.lr_schedule],
             "warmup_steps": train.warmup_steps,
             "max_grad_norm": train.max_grad_norm or 0.0,
             "weight_decay": train.weight_decay,
@@ -58,3 +61,12 @@ class TrialContext:
     def optimizers(self) -> tuple[torch.optim.Optimizer, None]:
         """Our optimizer; the trainer adds the learning-rate schedule."""
         return build_optimizer(self.model, self.config.train), None
+
+    def set_reference(self, trainer: Any) -> None:
+        """Make the reference policy of ``trainer``, if it has one, the base as it is trained.
+
+        TRL reads it from the folder of the base again, which may be stored in a wider format than
+        the one that the weights start from.
+        """
+        if trainer.ref_model is not None:
+            trainer.ref_model.load_state_dict(self.model.state_dict())

@@ -40,13 +40,15 @@ def build(context: TrialContext) -> DPOTrainer:
         padding_free=False,
         max_length=None,
     )
-    return DPOTrainer(
+    trainer = DPOTrainer(
         context.model,
         args=arguments,
         train_dataset=Dataset.from_list(_sample_pairs(context, algorithm)),
         processing_class=context.tokenizer,
         optimizers=context.optimizers(),
     )
+    context.set_reference(trainer)
+    return trainer
 
 
 def _sample_pairs(context: TrialContext, algorithm: DpoConfig) -> list[dict[str, str]]:

@@ -53,7 +53,7 @@ def build(context: TrialContext) -> GRPOTrainer:
     def reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:
         return [context.task.grade(c, a) for c, a in zip(completions, answer, strict=True)]
 
-    return GRPOTrainer(
+    trainer = GRPOTrainer(
         context.model,
         reward_funcs=reward,
         args=arguments,
@@ -63,3 +63,5 @@ def build(context: TrialContext) -> GRPOTrainer:
         processing_class=context.tokenizer,
         optimizers=context.optimizers(),
     )
+    context.set_reference(trainer)
+    return trainer

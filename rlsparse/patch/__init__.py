@@ -6,7 +6,8 @@ A patch is one safetensors file. For each changed tensor ``t`` it holds the arra
 ``rlsparse_patch`` is JSON: format version, fingerprint of the base, and of every tensor its
 format, shape, codec, number of changes and the sha256 of the result. Tensors of the base that a
 patch does not list are unchanged; an unlisted tied head follows its embedding. A patch may be
-against the base *upcast* from bf16 or fp16 to fp32.
+in another float format than the stored base: it is then against the base *cast* to that format
+first (upcast, or rounded to nearest, ties to even), as training casts it.
 
 A new codec is one file with the contract in ``codec`` and one line in ``CODECS``.
 """
@@ -39,7 +40,7 @@ from rlsparse.checkpoint import (
     save_checkpoint,
 )
 from rlsparse.errors import CheckpointError, PatchError
-from rlsparse.kernels import cast_bits
+from rlsparse.kernels import FLOATS, cast_bits
 from rlsparse.patch.bitmap import Bitmap
 from rlsparse.patch.codec import Codec
 from rlsparse.patch.indices import Indices
@@ -278,15 +279,18 @@ class Patch:
 def check_base(base: Checkpoint, patch: Patch, base_fingerprint: str) -> None:
     """Refuse a base that the patch was not made against.
 
+    A base stored in another float format fits: ``reconstruct`` casts it to the patch's.
+
     Raises:
-        PatchError: another fingerprint, a tensor missing, or of another shape or format.
+        PatchError: another fingerprint, a tensor missing, of another shape, or of a format that
+            cannot be cast.
     """
     for name, tensor in patch.tensors.items():
         info = base.tensors.get(name)
         if info is None:
             raise PatchError(f"{patch.path} changes tensor {name}, which {base.path} lacks")
-        upcast = tensor.dtype == "fp32" and info.dtype in ("bf16", "fp16")
-        if info.shape != tensor.shape or (info.dtype != tensor.dtype and not upcast):
+        fits = info.dtype == tensor.dtype or {info.dtype, tensor.dtype} <= FLOATS.keys()
+        if info.shape != tensor.shape or not fits:
             raise PatchError(
                 f"tensor {name} is {info.dtype} {list(info.shape)} in {base.path}, "
                 f"{patch.path} expects {tensor.dtype} {list(tensor.shape)}"
@@ -301,7 +305,7 @@ def check_base(base: Checkpoint, patch: Patch, base_fingerprint: str) -> None:
 def reconstruct(base: Checkpoint, patch: Patch, name: str) -> Iterator[tuple[Chunk, Bits, Bits]]:
     """Chunks of one tensor as (chunk, bits before, bits after), checked at the end.
 
-    ``before`` is upcast to the patch's format where that is wider.
+    ``before`` is the base cast to the patch's format.
 
     Raises:
         PatchError: damaged, or the whole result does not have the recorded checksum.
@@ -336,8 +340,8 @@ def apply_patch(base_path: Path, patch_path: Path, out_path: Path) -> None:
     """Write the checkpoint after as folder ``out_path``, with the base's configuration files.
 
     Everything is checked before the first byte is written, checksums while writing;
-    ``model.safetensors`` appears only once all of them agree. Results of a patch against an
-    upcast base are fp32, whatever ``config.json`` says.
+    ``model.safetensors`` appears only once all of them agree. Results are in the
+    patch's format, whatever that of the base and whatever ``config.json`` says.
 
     Raises:
         PatchError: wrong base, damaged patch, or ``out_path`` is not empty.

@@ -1,0 +1,40 @@
+# make quickstart | test | acceptance | bench | venv   (TORCH=keep: use the torch that is installed)
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+ifeq ($(TORCH),keep)
+VENV_FLAGS := --system-site-packages
+PINS := grep -v '^torch==' constraints.txt
+else
+PINS := cat constraints.txt
+endif
+
+.PHONY: venv quickstart test lint acceptance bench
+
+venv: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(PINS) > $(VENV)/constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: venv
+	$(BIN)/rlsparse run ablations/quickstart.yaml
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not slow and not gpu'
+
+acceptance: venv
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
+
+bench: venv
+	$(BIN)/python tests/benchmarks/bench_measure.py

@@ -1,0 +1,106 @@
+"""The base that ships is small and ordinary; loading rounds it to the format of the regime."""
+
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlsparse.config import STORED_DTYPE, ModelConfig
+from rlsparse.errors import CheckpointError
+from rlsparse.models import TINY, resolve
+from rlsparse.models.loading import load_model, load_tokenizer
+from rlsparse.models.tokenizer import CHARACTERS, make_tokenizer
+
+
+def test_tiny_is_small_and_loads_like_any_folder():
+    assert sum(file.stat().st_size for file in TINY.iterdir()) <= 4_000_000
+    model = AutoModelForCausalLM.from_pretrained(TINY)
+    assert model.dtype == torch.bfloat16
+    assert 800_000 <= sum(weight.numel() for weight in model.parameters()) <= 1_500_000
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    assert len(tokenizer) == model.config.vocab_size
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("make", [make_tokenizer, lambda: load_tokenizer(TINY)])
+def test_tokenizer(make):
+    tokenizer = make()
+    assert tokenizer.bos_token is None
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<pad>", "<eos>")
+    for special in (True, False):
+        ids = tokenizer(CHARACTERS, add_special_tokens=special)["input_ids"]
+        assert len(ids) == len(CHARACTERS) == len(set(ids))
+        assert tokenizer.decode(ids) == CHARACTERS
+    for text in (" 5", "5 \n", "1  + 2", " ?.", ""):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer("a")["input_ids"] == [tokenizer.unk_token_id]
+    assert tokenizer.decode([5, tokenizer.eos_token_id], skip_special_tokens=True) == "2"
+
+
+def test_pad_falls_back_to_the_end_of_text(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).pad_token is None
+    assert load_tokenizer(tmp_path).pad_token == "<eos>"
+
+
+@pytest.fixture(scope="module")
+def wide_tiny(tmp_path_factory):
+    """The tiny base in fp32, every weight moved off the bf16 grid."""
+    folder = tmp_path_factory.mktemp("wide") / "base"
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1 + 0.01 * torch.randn(weight.shape, generator=generator))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("precision", list(STORED_DTYPE))
+def test_weights_are_rounded_to_the_stored_format(wide_tiny, precision):
+    stored = safetensors.numpy.load_file(wide_tiny / "model.safetensors")
+    model = load_model(wide_tiny, precision)
+    expected_dtype = torch.bfloat16 if precision in ("bf16", "bf16-weights") else torch.float32
+    for name, weight in model.named_parameters():
+        assert weight.dtype == expected_dtype
+        bits = stored[name].view(np.uint32)
+        if precision != "fp32":  # nearest bf16, ties to even, by integer arithmetic
+            assert np.any(bits & 0xFFFF)
+            bits = bits + 0x7FFF + ((bits >> 16) & 1) & 0xFFFF_0000
+        assert np.array_equal(weight.detach().float().numpy().view(np.uint32), bits)
+    assert model.config._name_or_path == str(wide_tiny)
+
+
+def test_a_bf16_base_is_loaded_exactly():
+    stored = safetensors.torch.load_file(TINY / "model.safetensors")
+    for precision in STORED_DTYPE:
+        for name, weight in load_model(TINY, precision).named_parameters():
+            assert torch.equal(weight.detach().to(torch.bfloat16), stored[name])
+
+
+def test_resolve(tmp_path, monkeypatch):
+    assert resolve(ModelConfig(source="tiny")) == TINY
+    assert resolve(ModelConfig(source=str(tmp_path))) == tmp_path
+    shutil.copytree(TINY, tmp_path / "org" / "name")
+    monkeypatch.chdir(tmp_path)
+    assert resolve(ModelConfig(source="org/name")) == tmp_path / "org" / "name"
+
+
+@pytest.mark.parametrize("source", ["tinny", "/no/such/folder", "./no", "~/no-such", "a/b/c", ""])
+def test_a_path_that_is_not_there(source):
+    with pytest.raises(CheckpointError, match=r"no such folder; use `tiny`, a folder"):
+        resolve(ModelConfig(source=source))
+
+
+@pytest.mark.parametrize("source", ["no-such/model@main", "org/--not..valid"])
+def test_a_hub_id_that_is_not_there(monkeypatch, source):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="is no folder here and the hub does not give it"):
+        resolve(ModelConfig(source=source))

@@ -1,0 +1,80 @@
+"""Schemas are a contract: checked when written, versioned, and refused when they do not fit."""
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rlsparse import tables
+from rlsparse.errors import TableError
+
+CLAIM = {"id": "a", "verdict": "undecided", "num_runs": 4}
+
+
+def test_every_table_of_the_contract_is_there():
+    names = "trials steps base_tensors tensor_deltas masks overlaps effects claims"
+    assert set(tables.SCHEMAS) == set(names.split())
+    for schema in tables.SCHEMAS.values():
+        assert schema.metadata == {b"rlsparse_schema": tables.SCHEMA_VERSION.encode()}
+
+
+def test_definitions_have_a_column_each():
+    columns = tables.SCHEMAS["tensor_deltas"].names
+    assert [c.removeprefix("num_changed_") for c in columns if c.startswith("num_changed_")] == [
+        "bitwise", "abs_1e-08", "abs_1e-07", "abs_1e-06", "abs_1e-05", "abs_1e-04", "rel_1e-03",
+    ]  # fmt: skip
+
+
+def test_round_trip_of_a_file(tmp_path):
+    table = tables.from_rows([CLAIM, {**CLAIM, "id": "b", "further": 1.5}], "claims")
+    tables.write(table, "claims", tmp_path / "claims.parquet")
+    again = tables.read(tmp_path / "claims.parquet", "claims")
+    assert again.equals(table)
+    assert again.column_names == [*tables.SCHEMAS["claims"].names, "further"]
+    assert again.column("further").to_pylist() == [None, 1.5]
+    assert again.column("margin").to_pylist() == [None, None]
+    assert again.schema.field("num_runs").type == pa.int64()
+
+
+def test_columns_come_in_order_and_are_cast():
+    rows = {name: pa.nulls(1) for name in reversed(tables.SCHEMAS["claims"].names)}
+    rows["num_runs"] = pa.array([3], pa.int8())
+    table = tables.check(pa.table(rows), "claims")
+    assert table.schema.equals(tables.SCHEMAS["claims"], check_metadata=True)
+    assert table.column("num_runs").to_pylist() == [3]
+
+
+def test_no_rows_make_an_empty_table():
+    assert tables.from_rows([], "masks").schema.equals(tables.SCHEMAS["masks"])
+
+
+def test_what_does_not_fit_is_refused():
+    table = tables.from_rows([CLAIM], "claims")
+    with pytest.raises(TableError, match=r"claims lacks the columns \['verdict'\]"):
+        tables.check(table.drop_columns(["verdict"]), "claims")
+    index = table.column_names.index("num_runs")
+    with pytest.raises(TableError, match="does not fit its schema"):
+        tables.check(table.set_column(index, "num_runs", pa.array(["many"])), "claims")
+
+
+def test_another_schema_version_is_refused(tmp_path):
+    table = tables.from_rows([CLAIM], "claims")
+    for version in ({"rlsparse_schema": "0"}, None):
+        pq.write_table(table.replace_schema_metadata(version), tmp_path / "old.parquet")
+        with pytest.raises(TableError, match="run the study again"):
+            tables.read(tmp_path / "old.parquet", "claims")
+
+
+def test_folders_are_read_in_order_of_file_names(tmp_path):
+    for name in ("b", "a", "c"):
+        table = tables.from_rows([{**CLAIM, "id": name, f"of_{name}": 1}], "claims")
+        tables.write(table, "claims", tmp_path / f"{name}.parquet")
+    read = tables.read(tmp_path, "claims")
+    assert read.column("id").to_pylist() == ["a", "b", "c"]
+    assert read.column("of_b").to_pylist() == [None, 1, None]
+
+
+def test_missing_tables(tmp_path):
+    with pytest.raises(TableError, match="no table claims at .*; run the study"):
+        tables.read(tmp_path / "nothing", "claims")
+    assert tables.read(tmp_path, "claims").num_rows == 0
+    assert tables.snapshot_folder(10) == "snapshots/step-000010"
