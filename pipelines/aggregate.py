@@ -75,36 +75,55 @@ def identical_replicates(plan: Plan) -> dict[str, bool]:
     }
 
 
-def run(plan: Plan, overlaps: pa.Table, registered: dict[str, str]) -> dict[str, pa.Table]:
-    """All tables of the study; the small ones are written.
+def run(plan: Plan, registered: dict[str, str]) -> dict[str, pa.Table]:
+    """Make the small tables and write them; those of the diff and overlap stages must be there.
 
     Args:
-        plan: the study; its diff tables must be there.
-        overlaps: table of that name.
+        plan: the study.
         registered: claim id -> registered, post hoc or extended.
+
+    Returns:
+        All tables of the study but ``masks``.
     """
-    finished = [trial.trial_id for trial in plan.finished()]
-    bases = sorted({plan.base(trial).fingerprint[:12] for trial in plan.finished()})
-    result = {
+    result = _measured(plan) | {
         "trials": trials_table(plan),
         "steps": steps_table(plan),
-        "base_tensors": read_parts(plan.storage, "base_tensors", bases),
-        "tensor_deltas": read_parts(plan.storage, "tensor_deltas", finished),
-        "overlaps": overlaps,
+        "overlaps": _small(plan, "overlaps"),
     }
     trials, steps, deltas = (result[name] for name in ("trials", "steps", "tensor_deltas"))
     frame = responses(trials, steps, deltas, plan.study.default_view)
     result["effects"] = effects(plan.study, trials, frame)
     result["claims"] = judge(
-        plan.study, registered, trials, steps, deltas, overlaps, identical_replicates(plan)
+        plan.study,
+        registered,
+        trials,
+        steps,
+        deltas,
+        result["overlaps"],
+        identical_replicates(plan),
     )
     for name in SMALL_TABLES:
         write_table(plan.storage, result[name], name, f"{name}.parquet")
     return result
 
 
-def read_small(plan: Plan, name: str) -> pa.Table:
-    """A small table as it was written last."""
+def load(plan: Plan) -> dict[str, pa.Table]:
+    """The tables that ``run`` returned, as they were written."""
+    return _measured(plan) | {name: _small(plan, name) for name in SMALL_TABLES}
+
+
+def _measured(plan: Plan) -> dict[str, pa.Table]:
+    trials = plan.finished()
+    bases = sorted({plan.base(trial).fingerprint[:12] for trial in trials})
+    return {
+        "base_tensors": read_parts(plan.storage, "base_tensors", bases),
+        "tensor_deltas": read_parts(
+            plan.storage, "tensor_deltas", [trial.trial_id for trial in trials]
+        ),
+    }
+
+
+def _small(plan: Plan, name: str) -> pa.Table:
     with plan.storage.local_copy(f"tables/{name}.parquet") as path:
         return tables.read(path, name)
 

@@ -63,7 +63,7 @@ def run(
     ] = False,
 ) -> None:
     """Run a study, all stages. Give the command again to resume: only what is left runs."""
-    from rlsparse.study import load_study
+    from rlsparse.study_file import load_study
 
     loaded = load_study(study, overrides or [])
     from pipelines.plan import make_plan
@@ -207,7 +207,8 @@ def _plan_of(place: str, storage: str) -> "Plan":
     """The plan of a study file, or of the folder of a study that has run."""
     from pipelines.plan import make_plan
     from pipelines.storage import Storage
-    from rlsparse.study import Study, load_study
+    from rlsparse.study import Study
+    from rlsparse.study_file import load_study
 
     if place.endswith((".yaml", ".yml")):
         return make_plan(load_study(place), storage)

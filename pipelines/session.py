@@ -2,8 +2,14 @@
 
 import logging
 import os
+import socket
 from types import TracebackType
 from typing import Any
+
+from rlsparse.errors import ConfigError
+
+_REMEDY = "start it with `ray up` or `ray start --head`, or leave --address out"
+_CONNECT_TIMEOUT_S = 10
 
 
 class RaySession:
@@ -18,7 +24,11 @@ class RaySession:
         self._started = False
 
     def start(self) -> None:
-        """Connect, unless that has been done."""
+        """Connect, unless that has been done.
+
+        Raises:
+            ConfigError: no cluster answers at the address.
+        """
         if self._started:
             return
         os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
@@ -32,7 +42,12 @@ class RaySession:
             settings |= {"address": "local", "include_dashboard": False}
         else:
             settings |= {"address": self._address}
-        ray.init(**settings)
+            _check_reachable(self._address)
+        try:
+            ray.init(**settings)
+        except ConnectionError as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"no Ray cluster at {self._address}: {reason}; {_REMEDY}") from error
         self._started = True
         ray.data.DataContext.get_current().enable_progress_bars = False
         for name in ("ray.data", "ray.tune"):
@@ -54,3 +69,14 @@ class RaySession:
 
             ray.shutdown()
             self._started = False
+
+
+def _check_reachable(address: str) -> None:
+    """Raise ConfigError now if nothing listens at HOST:PORT; Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and port.isdecimal()):
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConfigError(f"no Ray cluster at {address}: {error}; {_REMEDY}") from error

@@ -232,6 +232,8 @@ class Storage:
             yield
         finally:
             path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty: the study has begun
+                path.parent.rmdir()
 
 
 def _holder(path: Path) -> Any:

@@ -28,8 +28,10 @@ from rlsparse.config import canonical_json
 from rlsparse.errors import ConfigError
 from rlsparse.report import build_report
 from rlsparse.study import Trial
+from rlsparse.tables import SCHEMA_VERSION
 
 Tables = dict[str, pa.Table]
+REPORT_FILES = ("index.html", "report.json")
 
 
 def run_study(
@@ -67,13 +69,16 @@ def run_study(
         ]
         if todo and not allow_mixed:
             _check_environment(plan)
-        _write_study(plan)
         with RaySession(address) as session:
             if todo:
                 session.start()
+            _write_study(plan)
+            if todo:
                 _sweep(plan, todo, console)
-            else:
+            elif only is None:
                 console.print(f"all {len(plan.trials)} trials are done", highlight=False)
+            else:
+                console.print(f"trial {only} is done", highlight=False)
             return {} if only is not None else _analyse(plan, session, console)
 
 
@@ -83,6 +88,8 @@ def rebuild(plan: Plan, *, console: Console) -> Tables:
         for trial in plan.trials:
             plan.ledger.settle(trial.trial_id)
         _write_study(plan)
+        for name in ("overlap", "aggregate"):
+            plan.storage.delete(f"stages/{name}.json")
         with RaySession(None) as session:
             return _analyse(plan, session, console)
 
@@ -124,7 +131,7 @@ def _sweep(plan: Plan, todo: list[Trial], console: Console) -> None:
 
 
 def _analyse(plan: Plan, session: RaySession, console: Console) -> Tables:
-    """Diff, overlap, aggregate, report; what depends on the same inputs as before is kept."""
+    """Diff, overlap, aggregate with report, MLflow; a stage whose inputs are as before is kept."""
     from pipelines import diff
 
     items = diff.pending(plan)
@@ -132,25 +139,31 @@ def _analyse(plan: Plan, session: RaySession, console: Console) -> Tables:
         session.start()
         console.print(f"diffing {len(items)} parts", highlight=False)
         diff.run(plan, items)
+    inputs = {
+        "study": plan.study.model_dump(mode="json"),
+        "trials": {name: [e.status, e.attempts, e.error] for name, e in plan.entries().items()},
+        "rlsparse": version("rlsparse"),
+        "schema": SCHEMA_VERSION,
+    }
 
     def overlap() -> None:
         from pipelines import overlap as stage
 
         session.start()
         console.print("counting overlaps", highlight=False)
-        table = stage.run(plan)
-        diff.write_table(plan.storage, table, "overlaps", "overlaps.parquet")
+        diff.write_table(plan.storage, stage.run(plan), "overlaps", "overlaps.parquet")
 
-    inputs = _inputs(plan)
-    _stage(plan, "overlap", {**inputs, "steps": _claim_steps(plan)}, ["overlaps"], overlap)
-    overlaps = aggregate.read_small(plan, "overlaps")
+    _stage(plan, "overlap", inputs, ["tables/overlaps.parquet"], overlap)
     registered = aggregate.registration(plan)
-    result = aggregate.run(plan, overlaps, registered)
-    with tempfile.TemporaryDirectory() as folder:
-        build_report(plan.study, result, Path(folder), versions=_versions())
-        for name in ("index.html", "report.json"):
-            plan.storage.write_bytes(f"report/{name}", (Path(folder) / name).read_bytes())
-    everything = {**inputs, "claims": registered, "schema": list(result["claims"].column_names)}
+
+    def conclude() -> None:
+        console.print("judging claims, drawing the report", highlight=False)
+        _write_report(plan, aggregate.run(plan, registered))
+
+    inputs |= {"registered": registered}
+    small = [f"tables/{name}.parquet" for name in aggregate.SMALL_TABLES]
+    reports = [f"report/{name}" for name in REPORT_FILES]
+    _stage(plan, "aggregate", inputs, [*small, *reports], conclude)
 
     def track() -> None:
         from pipelines.tracking import Tracker
@@ -159,54 +172,40 @@ def _analyse(plan: Plan, session: RaySession, console: Console) -> Tables:
         tracker.sync()
         tracker.sync_results()
 
-    _stage(plan, "mlflow", {**everything, "verdicts": _digest(result["claims"])}, [], track)
-    return result
+    _stage(plan, "mlflow", inputs, [], track)
+    return aggregate.load(plan)
 
 
 def _stage(
     plan: Plan, name: str, inputs: dict[str, Any], written: list[str], work: Callable[[], None]
 ) -> None:
-    """Do ``work`` unless the marker of this stage has the same inputs and its tables are there."""
+    """Do ``work`` unless the marker of this stage has the same inputs and its files are there."""
     marker = f"stages/{name}.json"
     digest = hashlib.sha256(canonical_json(inputs).encode()).hexdigest()
-    there = all(plan.storage.exists(f"tables/{table}.parquet") for table in written)
+    there = all(plan.storage.exists(file) for file in written)
     if there and plan.storage.exists(marker) and plan.storage.read_json(marker) == digest:
         return
     work()
     plan.storage.write_json(marker, digest)
 
 
-def _inputs(plan: Plan) -> dict[str, Any]:
-    """What the results depend on: the study, and which trials ended how."""
-    return {
-        "study": plan.study.model_dump(mode="json"),
-        "trials": {name: entry.status for name, entry in plan.entries().items()},
-        "attempts": {name: entry.attempts for name, entry in plan.entries().items()},
-    }
-
-
-def _claim_steps(plan: Plan) -> list[int]:
-    return sorted({c.at.step for c in plan.study.claims if c.at and c.at.step})
-
-
-def _digest(table: pa.Table) -> str:
-    return hashlib.sha256(canonical_json(_finite(table.to_pylist())).encode()).hexdigest()
-
-
-def _finite(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str), parse_constant=str)
+def _write_report(plan: Plan, tables: Tables) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        build_report(plan.study, tables, Path(folder), versions=_versions())
+        for name in REPORT_FILES:
+            plan.storage.write_bytes(f"report/{name}", (Path(folder) / name).read_bytes())
 
 
 # --- records ---------------------------------------------------------------------------------
 
 
 def _write_study(plan: Plan) -> None:
-    """Write ``study.json``; claims and seeds are frozen when the first trial is about to run."""
+    """Write ``study.json``; once a trial has begun, its registered claims and seeds stay."""
     frozen = {
         "claims": {claim.id: claim.model_dump(mode="json") for claim in plan.study.claims},
         "seeds": list(plan.study.seeds),
     }
-    if plan.storage.exists("study.json"):
+    if plan.storage.list("ledger"):
         frozen = plan.storage.read_json("study.json")["registered"]
     plan.storage.write_json(
         "study.json",

@@ -79,7 +79,7 @@ def run_trial(spec: dict[str, Any], report: Any = lambda metrics: None) -> None:
     config = TrialConfig.model_validate(spec["config"])
     ledger = Ledger(storage)
     host, dead = socket.gethostname(), ledger.get(name)
-    if dead.host == host and dead.status == "running":  # an attempt that was killed left its files
+    if dead.host == host:  # an attempt that was killed left its files behind
         shutil.rmtree(_scratch(name, dead.pid), ignore_errors=True)
     ledger.start(name, host=host, pid=os.getpid(), versions=environment())
     last = 0.0

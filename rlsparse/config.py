@@ -6,6 +6,9 @@ torch. Adding an algorithm or a task starts here, with one class and one entry i
 
 import hashlib
 import json
+import types
+import typing
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -30,7 +33,7 @@ class Config(BaseModel):
 class ModelConfig(Config):
     """The base model: ``tiny`` (ships with the project), a folder, or a hub ``id@revision``."""
 
-    source: str = "tiny"
+    source: str = Field("tiny", min_length=1)
 
 
 class ChainSumConfig(Config):
@@ -176,6 +179,25 @@ class TrialConfig(Config):
     def stored_dtype(self) -> str:
         """Number format of the weights that this trial leaves: ``bf16`` or ``fp32``."""
         return STORED_DTYPE[self.train.precision]
+
+
+def models_of(annotation: Any) -> Iterator[type[BaseModel]]:
+    """All configuration classes that an annotation admits."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif typing.get_origin(annotation) in (Annotated, typing.Union, types.UnionType, tuple, list):
+        for argument in typing.get_args(annotation):
+            yield from models_of(argument)
+
+
+def tag_of(model: type[BaseModel]) -> str | None:
+    """What ``name`` or ``kind`` says in a member of a union; None for other classes."""
+    for field in ("name", "kind"):
+        if field in model.model_fields:
+            values = typing.get_args(model.model_fields[field].annotation)
+            if len(values) == 1:
+                return str(values[0])
+    return None
 
 
 def canonical_json(value: Any) -> str:

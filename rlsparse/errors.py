@@ -4,6 +4,9 @@ Every class takes a single message, so that it survives pickling between process
 inherits from the built-in exception that it specialises.
 """
 
+import difflib
+from collections.abc import Sequence
+
 
 class RlsparseError(Exception):
     """Root of all errors raised on purpose; the command line prints it as one clear line."""
@@ -31,3 +34,10 @@ class TrialError(RlsparseError, RuntimeError):
 
 class StorageError(RlsparseError, OSError):
     """The storage of a study cannot be read, written or locked."""
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Hint for an error: the known name that is nearest, and all of them."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{hint}known: {', '.join(known)}"

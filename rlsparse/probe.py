@@ -22,6 +22,8 @@ from rlsparse.tasks.generate import Score
 
 _INTEGER_VIEW = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
+_TOO_FAST = "lower train.learning_rate or set train.max_grad_norm"
+
 _LOGGED = {
     "loss": "loss",
     "reward": "reward",
@@ -80,10 +82,17 @@ class Probe(TrainerCallback):  # type: ignore[misc]
         self.rows[0] = {"step": 0, "score": self.scores[0].fraction}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Note what changed; at a snapshot, write the patch and score the model."""
+        """Note what changed; at a snapshot, write the patch and score the model.
+
+        Raises:
+            TrialError: a weight is not finite.
+        """
+        step = state.global_step
+        finite = [torch.isfinite(weight.detach()).all() for weight in self.model.parameters()]
+        if not torch.stack(finite).all():
+            raise TrialError(f"weights are not finite after step {step}; {_TOO_FAST}")
         for name, bits in self._stored_bits():
             self._ever[name] |= bits != self._base[name]
-        step = state.global_step
         if step in self.config.snapshot_steps:
             self._write_snapshot(step)
             last = step == self.config.train.num_steps
@@ -100,10 +109,7 @@ class Probe(TrainerCallback):  # type: ignore[misc]
             return
         step = state.global_step
         if not math.isfinite(logs["loss"]):
-            raise TrialError(
-                f"loss is {logs['loss']} at step {step}; lower train.learning_rate or set "
-                "train.max_grad_norm"
-            )
+            raise TrialError(f"loss is {logs['loss']} at step {step}; {_TOO_FAST}")
         row = {column: logs[key] for key, column in _LOGGED.items() if key in logs}
         limit = self.config.train.max_grad_norm
         norm = row.get("grad_norm")

@@ -1,24 +1,17 @@
-"""A study: one question as a YAML file, and the trials that answer it.
+"""A study: one question, its grid and its claims, and the trials that answer it.
 
-``load_study`` reads the file strictly (YAML 1.2; an unknown key names the nearest known one and
-the line); ``expand`` turns baseline x factors x seeds, and the controls, into trials.
+``expand`` turns baseline x factors x seeds, and the controls, into trials. ``study_file`` reads a
+study from YAML.
 """
 
-import difflib
 import functools
-import io
 import itertools
 import operator
-import types
-import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from pydantic import Field, ValidationError, model_validator
 
 from rlsparse.config import (
     AlgorithmConfig,
@@ -26,9 +19,11 @@ from rlsparse.config import (
     ModelConfig,
     TrialConfig,
     canonical_json,
+    models_of,
+    tag_of,
     trial_id,
 )
-from rlsparse.errors import ConfigError
+from rlsparse.errors import ConfigError, nearest
 
 Scalar = bool | int | float | str | None
 Level = Scalar | dict[str, Any]
@@ -205,144 +200,6 @@ class Trial:
         return " ".join([self.config.algorithm.name, f"s{self.config.seed}", *special])
 
 
-# --- reading ---------------------------------------------------------------------------------
-
-
-def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
-    """Read and check a study file.
-
-    Args:
-        path: the YAML file; its stem is the study's name.
-        overrides: ``dotted.path=value`` texts, each value in YAML, set before checking. A path
-            that begins with a factor or a field of the baseline may omit ``baseline.``.
-
-    Raises:
-        ConfigError: not readable, not YAML, or not a study; with file, line and the nearest name.
-    """
-    path = Path(path)
-    yaml = YAML(typ="rt", pure=True)
-    try:
-        document = yaml.load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read study file {path}: {error.strerror}") from error
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from error
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path} must be a mapping with question, baseline, factors, seeds ...")
-    raw = _plain(document)
-    for override in overrides:
-        _set(raw, override)
-    raw.setdefault("name", path.stem)
-    try:
-        study = Study.model_validate(raw)
-        _check_factors(study, raw)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, document, path) for e in error.errors())) from error
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return study
-
-
-def _plain(node: Any) -> Any:
-    if isinstance(node, dict):
-        # YAML reads the key `null` (the field of a claim) as the value null.
-        return {"null" if k is None else str(k): _plain(v) for k, v in node.items()}
-    if isinstance(node, list):
-        return [_plain(value) for value in node]
-    for kind in (bool, int, float, str):
-        if isinstance(node, kind):
-            return kind(node)
-    return node
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _set(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set {override!r} must look like dotted.path=value")
-    try:
-        value = _plain(YAML(typ="rt", pure=True).load(io.StringIO(text)))
-    except YAMLError as error:
-        raise ConfigError(
-            f"--set {override!r}: the value is not YAML: {_one_line(error)}"
-        ) from error
-    parts = key.split(".")
-    if parts[0] == "factors":  # its keys are dotted paths themselves
-        parts = key.split(".", 1)
-    if parts[0] in TrialConfig.model_fields:
-        parts.insert(0, "baseline")
-    node = raw
-    for part in parts[:-1]:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"--set {override!r}: {part} holds a value, not a mapping")
-    node[parts[-1]] = value
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """All configuration classes that an annotation admits."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif typing.get_origin(annotation) in (Annotated, typing.Union, types.UnionType, tuple, list):
-        for argument in typing.get_args(annotation):
-            yield from _models(argument)
-
-
-def _explain(error: Any, document: Any, path: Path) -> str:
-    """One pydantic error as one line: file, line, path, what, what is allowed."""
-    node, line, shown = document, 1, list[str]()
-    candidates: list[type[BaseModel]] = [Study]
-    for part in error["loc"]:
-        # YAML reads the key `null` as the value null.
-        key = None if part == "null" and isinstance(node, dict) and None in node else part
-        inside = isinstance(node, (dict, list)) and (
-            key in node if isinstance(node, dict) else isinstance(key, int) and key < len(node)
-        )
-        if inside:
-            line = (node.lc.item(key) if isinstance(key, int) else node.lc.key(key))[0] + 1
-            node = node[key]
-            shown.append(str(part))
-        elif isinstance(part, str) and any(_tag(c) == part for c in candidates):
-            candidates = [c for c in candidates if _tag(c) == part]
-            continue
-        elif part == error["loc"][-1] and error["type"] in ("missing", "extra_forbidden"):
-            shown.append(str(part))
-        if error["type"] == "extra_forbidden" and part == error["loc"][-1]:
-            break
-        if isinstance(part, str):
-            candidates = [
-                model
-                for c in candidates
-                if part in c.model_fields
-                for model in _models(c.model_fields[part].annotation)
-            ]
-    name = ".".join(shown) or "study"
-    if error["type"] == "extra_forbidden":
-        known = sorted({field for c in candidates for field in c.model_fields})
-        return f"{path}:{line}: unknown key {name}; {_nearest(str(error['loc'][-1]), known)}"
-    message = error["msg"].removeprefix("Value error, ")
-    given = "" if error["type"] in ("missing", "value_error") else f" (got {error['input']!r})"
-    return f"{path}:{line}: {name}: {message}{given}"
-
-
-def _tag(model: type[BaseModel]) -> str | None:
-    for field in ("name", "kind"):
-        if field in model.model_fields:
-            values = typing.get_args(model.model_fields[field].annotation)
-            if len(values) == 1:
-                return str(values[0])
-    return None
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return f"{hint}known: {', '.join(known)}"
-
-
 # --- expanding -------------------------------------------------------------------------------
 
 
@@ -490,7 +347,7 @@ def _at_level(config: dict[str, Any], path: str, level: Level) -> dict[str, Any]
 
 
 def _algorithm_defaults(name: Any) -> dict[str, Any]:
-    models = (model for model in _models(AlgorithmConfig) if _tag(model) == name)
+    models = (model for model in models_of(AlgorithmConfig) if tag_of(model) == name)
     return {key: field.default for model in models for key, field in model.model_fields.items()}
 
 
@@ -499,18 +356,18 @@ def _with(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     return {**config, head: _with(config[head], rest, value) if rest else value}
 
 
-def _check_factors(study: Study, raw: dict[str, Any]) -> None:
+def check_factors(study: Study) -> None:
     """Every factor must exist in at least one cell; every claim's factor must be varied."""
     for path in study.factors:
         if path == "seed":
             raise ConfigError("factors: seed is not a factor; list the seeds under `seeds`")
-    if "seed" in raw["baseline"]:
+    if "seed" in study.baseline.model_fields_set:
         raise ConfigError("baseline: seed has no place here; list the seeds under `seeds`")
     cells = _cells(study)
     known = sorted({path for config, _ in cells for path in _paths(config)})
     for path in study.factors:
         if not any(path in cell for _, cell in cells):
-            raise ConfigError(f"factors: unknown factor {path}; {_nearest(path, known)}")
+            raise ConfigError(f"factors: unknown factor {path}; {nearest(path, known)}")
     for claim in study.claims:
         if isinstance(claim, EquivalentClaim) and claim.factor not in study.factors:
             raise ConfigError(

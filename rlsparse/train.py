@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -41,7 +42,7 @@ def train_trial(
 ) -> dict[str, Any]:
     """Run one trial and leave its files in ``out_dir``, which must not hold a trial yet.
 
-    Files: ``config.json``, ``steps.parquet``, ``eval.parquet``, ``summary.json`` (written last),
+    Files: ``config.json``, ``steps.parquet``, ``summary.json`` (written last),
     ``ever_changed.mask.safetensors``, ``snapshots/step-000010/weights.patch.safetensors`` per
     snapshot, and ``checkpoint/`` if the configuration keeps it.
 
@@ -58,7 +59,7 @@ def train_trial(
         The summary, as written.
 
     Raises:
-        TrialError: training cannot go on (no preference pairs, loss not finite).
+        TrialError: training cannot go on (no preference pairs, loss or weights not finite).
     """
     gc.collect()  # the trial before this one in the same worker holds cycles
     started, cpu_started = time.monotonic(), time.process_time()
@@ -101,6 +102,7 @@ def train_trial(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(probe)
     trainer.train()
+    shutil.rmtree(context.scratch_dir, ignore_errors=True)
     probe.write_ever_changed()
     if config.keep_checkpoints:
         _save_checkpoint(model, tokenizer, config, out_dir / "checkpoint")

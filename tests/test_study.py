@@ -12,9 +12,9 @@ from rlsparse.study import (
     collapsed_factors,
     expand,
     level_label,
-    load_study,
     reference_level,
 )
+from rlsparse.study_file import load_study
 
 ABLATIONS = Path(__file__).parents[1] / "ablations"
 NUM_TRIALS = {"quickstart": 22, "smoke": 12}
