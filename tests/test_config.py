@@ -222,3 +222,8 @@ def test_configuration_and_models_need_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_empty_source_is_no_model():
+    with pytest.raises(ValidationError, match="at least 1 character"):
+        TrialConfig.model_validate({**BASE, "model": {"source": ""}})

@@ -1,11 +1,11 @@
-"""Studies: errors name file, line and remedy; a grid expands to each trial once."""
+"""A grid expands to each trial once, under a name that follows what determines its bits."""
 
 from pathlib import Path
 
 import pytest
+from small_study import STUDY, load, with_factors
 
 from rlsparse.config import DpoConfig, GrpoConfig, SftConfig
-from rlsparse.errors import ConfigError
 from rlsparse.study import (
     Study,
     Trial,
@@ -19,199 +19,9 @@ from rlsparse.study_file import load_study
 ABLATIONS = Path(__file__).parents[1] / "ablations"
 NUM_TRIALS = {"quickstart": 22, "smoke": 12}
 
-STUDY = """\
-question: Why?
-baseline:
-  algorithm: {name: grpo}
-  train:
-    num_steps: 20
-    learning_rate: 1e-5
-seeds: [0, 1]
-claims:
-  - id: first
-    kind: exact
-  - id: second
-    kind: above_null
-    null: tensor
-"""
-
-
-def write(folder: Path, text: str) -> Path:
-    path = folder / "why.yaml"
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def load(folder: Path, text: str = STUDY, *overrides: str) -> Study:
-    return load_study(write(folder, text), overrides)
-
 
 def trials_of(study: Study) -> list[Trial]:
     return expand(study, fingerprint=lambda model: f"hash of {model.source}", task_version="1")
-
-
-def with_factors(factors: str, controls: str = "") -> str:
-    return STUDY.replace("seeds:", f"factors:\n{factors}\n{controls}\nseeds:")
-
-
-# --- reading ---------------------------------------------------------------------------------
-
-
-def test_a_small_study(tmp_path):
-    study = load(tmp_path)
-    assert (study.name, study.seeds) == ("why", (0, 1))
-    assert study.baseline.algorithm == GrpoConfig()
-    assert study.claims[1].null == "tensor"  # the key `null`, which YAML reads as a value
-    assert study.default_view == "stored"
-
-
-@pytest.mark.parametrize("text", ["1e-5", "1.0e-5", "1E-5", "0.00001", "1.0e-05"])
-def test_floats_of_yaml_1_2(tmp_path, text):
-    study = load(tmp_path, STUDY.replace("1e-5", text))
-    rate = study.baseline.train.learning_rate
-    assert (type(rate), rate) == (float, 1e-5)
-    factor = load(tmp_path, with_factors(f"  train.learning_rate: [{text}, 1]"))
-    assert [type(level) for level in factor.factors["train.learning_rate"]] == [float, int]
-
-
-def test_words_of_yaml_1_1_are_text(tmp_path):
-    study = load(tmp_path, with_factors("  algorithm.scale_rewards: [none, group]"))
-    assert study.factors["algorithm.scale_rewards"] == ["none", "group"]
-    assert load(tmp_path, STUDY.replace("Why?", "no")).question == "no"
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "line", "message"),
-    [
-        ("seeds: [0, 1]", "seeds: [0]\nseed: [1]", 8, "unknown key seed; did you mean seeds?"),
-        ("num_steps", "num_step", 5, "unknown key baseline.train.num_step; did you mean num_steps"),
-        ("train:", "trian:", 4, "unknown key baseline.trian; did you mean train?"),
-        ("name: grpo", "name: grpo, kl_coeff: 0.1", 3,
-         "unknown key baseline.algorithm.kl_coeff; did you mean kl_coef? known: clip_range"),
-        ("name: grpo", "name: dpo, kl_coef: 0.1", 3, "known: beta, name, num_samples_per_prompt"),
-        ("kind: exact", "kind: exact\n    valu: 1", 11,
-         "unknown key claims.0.valu; did you mean value?"),
-        ("kind: exact", "kind: exact\n    null: tensor", 11,
-         "unknown key claims.0.null; known: at, id, kind, note, response, source, value, where"),
-        ("null: tensor", "null: tensors", 13, "claims.1.null: Input should be 'uniform'"),
-        ("kind: above_null", "kind: above_null\n    at: {stepp: 3}", 13,
-         "unknown key claims.1.at.stepp; did you mean step?"),
-        ("kind: exact", "kind: exakt", 9, "'exact'"),
-        ("name: grpo", "name: ppo", 3, "'sft', 'dpo', 'grpo'"),
-        ("num_steps: 20", "num_steps: many", 5,
-         "baseline.train.num_steps: Input should be a valid integer"),
-        ("num_steps: 20", "num_steps: 0", 5, "greater than or equal to 1 (got 0)"),
-        ("seeds: [0, 1]", "seeds: []", 7, "seeds: Tuple should have at least 1 item"),
-        ("seeds: [0, 1]", "seeds: [0, x]", 7, "seeds.1: Input should be a valid integer"),
-        ("seeds: [0, 1]", "seeds: [0, 0]", 1, "seeds ['0'] given more than once"),
-        ("question: Why?\n", "", 1, "question: Field required"),
-        ("id: second", "id: first", 1, "claim ids ['first'] given more than once"),
-        ("seeds:", "resources: {num_thread: 2}\nseeds:", 7,
-         "unknown key resources.num_thread; did you mean num_threads?"),
-        ("seeds:", "controls: [lr_one]\nseeds:", 7, "'lr_zero', 'same_seed' or 'lr_times_3'"),
-    ],
-)  # fmt: skip
-def test_errors_name_the_line_and_the_nearest_key(tmp_path, old, new, line, message):
-    assert STUDY.count(old) == 1
-    with pytest.raises(ConfigError) as raised:
-        load(tmp_path, STUDY.replace(old, new))
-    text = str(raised.value)
-    assert text.startswith(f"{tmp_path / 'why.yaml'}:{line}: "), text
-    assert message in text
-    assert len(text.splitlines()) == 1, text
-
-
-def test_all_errors_are_told_at_once(tmp_path):
-    text = STUDY.replace("num_steps", "num_step").replace("kind: exact", "kind: exact\n    valu: 1")
-    with pytest.raises(ConfigError) as raised:
-        load(tmp_path, text)
-    assert len(str(raised.value).splitlines()) == 2
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "must be a mapping"),
-        ("- a\n- b\n", "must be a mapping"),
-        ("just text\n", "must be a mapping"),
-        (STUDY + "question: Again?\n", "is not valid YAML: .*duplicate key.* line 14"),
-        (STUDY.replace("[0, 1]", "[0, 1"), "is not valid YAML"),
-        (STUDY.replace("Why", "Why\x07"), "is not valid YAML"),
-        (with_factors("  train.lr: [1]"), "unknown factor train.lr; .*train.learning_rate"),
-        (with_factors("  train.learning_rat: [1]"), "did you mean train.learning_rate?"),
-        (with_factors("  algorithm.beta: [0.1, 0.2]"), "unknown factor algorithm.beta"),
-        (with_factors("  seed: [0, 1]"), "list the seeds under `seeds`"),
-        (STUDY.replace("  train:", "  seed: 3\n  train:"), "list the seeds under `seeds`"),
-        (with_factors("  train.learning_rate: []"), "at least 1 item"),
-        (with_factors("  train.learning_rate: [fast]"),
-         r"factors: cell .*fast.* is not a valid trial: train.learning_rate: .*valid number"),
-        (with_factors("  train.batch_size: [64, 12]"),
-         r"cell \{'train.batch_size': '12'\} .* multiple of algorithm.num_generations 8"),
-        (with_factors("  algorithm.name: [grpo, ppo]"), "cell .*ppo.* 'sft', 'dpo', 'grpo'"),
-        (with_factors("  algorithm: [grpo, sft]"), "is not a valid trial: algorithm"),
-        (with_factors("  algorithm: [{name: sft, beta: 1}]"), "algorithm.sft.beta: Extra inputs"),
-        (STUDY + "  - {id: c, kind: equivalent, factor: algorithm.kl_coef}\n",
-         "c names the factor algorithm.kl_coef, which this study does not vary; .*none"),
-    ],
-)  # fmt: skip
-def test_every_other_error_names_the_file(tmp_path, text, message):
-    with pytest.raises(ConfigError, match=message) as raised:
-        load(tmp_path, text)
-    assert str(tmp_path / "why.yaml") in str(raised.value)
-
-
-def test_unreadable_files(tmp_path):
-    with pytest.raises(ConfigError, match=r"cannot read study file .*absent\.yaml: No such file"):
-        load_study(tmp_path / "absent.yaml")
-    with pytest.raises(ConfigError, match="cannot read study file"):
-        load_study(tmp_path)
-    (tmp_path / "latin.yaml").write_bytes(b"question: caf\xe9\n")
-    with pytest.raises(ConfigError, match=r"latin\.yaml is not valid YAML"):
-        load_study(tmp_path / "latin.yaml")
-
-
-# --- overrides -------------------------------------------------------------------------------
-
-
-def test_overrides_set_values_before_checking(tmp_path):
-    study = load(
-        tmp_path,
-        with_factors("  train.learning_rate: [1e-5]"),
-        "baseline.train.num_steps=7",
-        "train.learning_rate=1e-4",
-        "task.num_eval_problems=32",
-        "algorithm={name: sft}",
-        "train.max_grad_norm=null",
-        "seeds=[4, 5, 6]",
-        "factors.train.learning_rate=[1e-6, 2e-6]",
-        "resources.num_threads=2",
-        "question=a=b",
-    )
-    assert study.baseline.train.num_steps == 7
-    assert study.baseline.train.learning_rate == 1e-4
-    assert study.baseline.train.max_grad_norm is None
-    assert study.baseline.task.num_eval_problems == 32
-    assert study.baseline.algorithm == SftConfig()
-    assert study.seeds == (4, 5, 6)
-    assert study.factors == {"train.learning_rate": [1e-6, 2e-6]}
-    assert (study.resources.num_threads, study.question) == (2, "a=b")
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("train.num_steps", "must look like dotted.path=value"),
-        ("=3", "must look like dotted.path=value"),
-        ("seeds=[1", "the value is not YAML"),
-        ("question.text=3", "question holds a value, not a mapping"),
-        ("train.num_step=3", "unknown key baseline.train.num_step; did you mean num_steps"),
-        ("algorithm.beta=0.1", "unknown key .*algorithm.beta"),
-        ("factors.train.lr=[1]", "unknown factor train.lr"),
-    ],
-)
-def test_wrong_overrides(tmp_path, override, message):
-    with pytest.raises(ConfigError, match=message):
-        load(tmp_path, STUDY, override)
 
 
 # --- expanding -------------------------------------------------------------------------------

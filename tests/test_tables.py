@@ -74,7 +74,7 @@ def test_folders_are_read_in_order_of_file_names(tmp_path):
 
 
 def test_missing_tables(tmp_path):
-    with pytest.raises(TableError, match="no table claims at .*; run the study"):
+    with pytest.raises(TableError, match=r"no table claims at .*; run the study"):
         tables.read(tmp_path / "nothing", "claims")
     assert tables.read(tmp_path, "claims").num_rows == 0
     assert tables.snapshot_folder(10) == "snapshots/step-000010"

@@ -1,0 +1,222 @@
+"""The command line: light to start, and every mistake is one clear line."""
+
+import importlib
+import json
+import pkgutil
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command import StudyRun
+
+import pipelines
+import rlsparse
+from pipelines import cli
+from rlsparse.models import TINY
+
+STUDY = """
+question: Is a mistake told in one line?
+baseline:
+  algorithm: {name: sft}
+seeds: [0, 1]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a study file in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study.yaml").write_text(STUDY)
+    return tmp_path
+
+
+def rlsparse_(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    """Exit code of the command, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["rlsparse", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+def test_help_is_light() -> None:
+    code = """
+import runpy, sys
+sys.argv = ["rlsparse", "--help"]
+try:
+    runpy.run_module("pipelines", run_name="__main__")
+except SystemExit as end:
+    assert not end.code
+heavy = {"torch", "ray", "mlflow", "pandas", "numba", "transformers", "scipy"} & sys.modules.keys()
+sys.exit(f"imported {heavy}" if heavy else 0)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for command in ("run", "status", "report", "diff", "make-base", "mlflow"):
+        assert re.search(rf"\b{command}\b", result.stdout)
+
+
+@pytest.mark.parametrize("package", [rlsparse, pipelines])
+def test_every_module_imports(package: object) -> None:
+    names = [m.name for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+    assert len(names) > 10
+    for name in names:
+        if not name.endswith("__main__"):
+            importlib.import_module(name)
+
+
+MISTAKES = {
+    "wrong key": (["study.yaml", "--set", "train.learning_rte=1"],
+                  r"study\.yaml:\d+: unknown key .*learning_rte; did you mean learning_rate\?"),
+    "wrong value": (["study.yaml", "--set", "train.num_steps=0"], r"greater than or equal to 1 \(got 0\)"),
+    "no seeds": (["study.yaml", "--set", "seeds=[]"], r"seeds: .*at least 1 item"),
+    "no study file": (["other.yaml"], r"cannot read study file other\.yaml"),
+    "no model": (["study.yaml", "--set", "model.source=./nowhere"],
+                 r"model\.source './nowhere': no such folder"),
+    "unwritable": (["study.yaml", "--storage", "study.yaml/runs"], r"cannot write .*--storage"),
+    "unknown trial": (["study.yaml", "--only", "zzz"], r"--only zzz: no such trial"),
+    "unknown storage": (["study.yaml", "--storage", "floppy://a"], r"cannot use storage floppy"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    mistake: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments, message = MISTAKES[mistake]
+    assert rlsparse_(monkeypatch, "run", *arguments) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("rlsparse: ")
+    assert re.search(message, line), line
+    assert [path.name for path in folder.iterdir()] == ["study.yaml"]
+
+
+def test_no_cluster_at_the_address_is_said_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        assert rlsparse_(monkeypatch, "run", "study.yaml", "--address", address) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"rlsparse: no Ray cluster at {address}: ")
+    assert not (folder / "runs" / "study").exists()
+
+
+def test_a_mistake_shows_no_traceback(folder: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "pipelines", "status", "nowhere"],
+        capture_output=True, text=True, cwd=folder,
+    )  # fmt: skip
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("rlsparse: nowhere is no study: no study.json in it")
+
+
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_a_folder_that_is_no_study(
+    command: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert rlsparse_(monkeypatch, command, folder) == 1
+    assert "is no study" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["study.yaml"]
+
+
+def test_dry_run_writes_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert rlsparse_(monkeypatch, "run", "study.yaml", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "Is a mistake told in one line?" in out
+    assert "1 cells, 2 trials (0 done)" in out
+    assert [path.name for path in folder.iterdir()] == ["study.yaml"]
+
+
+def test_status_of_a_study_file_and_of_its_folder(
+    study_copy: StudyRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = study_copy.plan.trials[0]
+    study_copy.plan.ledger.fail(failed.trial_id, "it broke")
+    assert rlsparse_(monkeypatch, "status", study_copy.folder) == 0
+    text = capsys.readouterr().out
+    assert text.splitlines() == [
+        "study: 11/12 done, 0 running, 1 failed, 0 left",
+        f"  failed   {failed.trial_id} {failed.label} it broke",
+    ]
+    assert (
+        rlsparse_(monkeypatch, "status", study_copy.yaml, "--storage", study_copy.storage, "--json")
+        == 0
+    )
+    status = json.loads(capsys.readouterr().out)
+    assert status["counts"] == {"finished": 11, "running": 0, "failed": 1, "planned": 0}
+    assert [row["error"] for row in status["trials"]] == ["it broke"] + [None] * 11
+
+
+def test_diff_prints_json_that_equals_the_tables(
+    study_run: StudyRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = study_run.trial_folder("grpo s1") / "checkpoint"
+    assert rlsparse_(monkeypatch, "diff", TINY, checkpoint, "--json", "-") == 0
+    said = json.loads(capsys.readouterr().out)
+    shown = json.loads((study_run.folder / "report" / "report.json").read_text())
+    assert shown
+    from rlsparse import tables
+
+    file = study_run.folder / "tables" / "tensor_deltas.parquet"
+    rows = [
+        row
+        for row in tables.read(file, "tensor_deltas").to_pylist()
+        if row["trial_id"] == study_run.trial("grpo s1").trial_id and row["step_after"] == 2
+    ]
+    assert len(said["tensors"]) == len({row["tensor"] for row in rows})
+    for tensor in said["tensors"]:
+        ours = [row for row in rows if row["tensor"] == tensor["name"]]
+        for definition, sparsity in tensor["sparsity"].items():
+            changed = sum(row[f"num_changed_{definition}"] for row in ours)
+            assert sparsity == 1 - changed / tensor["num_elements"]
+    for definition, sparsity in said["sparsity"].items():
+        changed = sum(row[f"num_changed_{definition}"] for row in rows)
+        assert sparsity == 1 - changed / said["num_elements"]
+
+
+def test_diff_prints_a_table_and_writes_json(
+    study_run: StudyRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint = study_run.trial_folder("sft s0 lr_zero") / "checkpoint"
+    assert rlsparse_(monkeypatch, "diff", TINY, checkpoint, "--json", tmp_path / "d.json") == 0
+    assert re.search(r"unchanged bitwise +100", capsys.readouterr().out)
+    assert set(json.loads((tmp_path / "d.json").read_text())["sparsity"].values()) == {1.0}
+
+
+@pytest.mark.slow
+def test_report_builds_everything_again(study_copy: StudyRun) -> None:
+    kept = {
+        name: (study_copy.folder / name).read_bytes()
+        for name in ("tables/trials.parquet", "tables/overlaps.parquet", "report/report.json")
+    }
+    for name in kept:
+        (study_copy.folder / name).unlink()
+    shutil.rmtree(study_copy.folder / "tables" / "masks.parquet")
+    copy = study_copy.storage / "copy.json"
+    result = study_copy.command.run("report", study_copy.folder, "--json", copy)
+    assert result.returncode == 0, result.stderr
+    for name, content in kept.items():
+        assert (study_copy.folder / name).read_bytes() == content, name
+    assert copy.read_bytes() == kept["report/report.json"]
+    assert "report  " in result.stdout
+    attempts = [study_copy.plan.ledger.get(t.trial_id).attempts for t in study_copy.plan.trials]
+    assert attempts == [1] * 12
