@@ -50,12 +50,7 @@ def pending(plan: Plan) -> list[Item]:
     """Tasks whose parts are missing or were made of other inputs; [] if all tables are there."""
     finished = plan.finished()
     items = {item["part"]: item for trial in finished for item in _items(plan, trial)}
-    return [
-        item
-        for item in items.values()
-        if not plan.storage.exists(f"stages/diff/{item['part']}.json")
-        or plan.storage.read_json(f"stages/diff/{item['part']}.json") != item
-    ]
+    return [item for item in items.values() if not _is_done(plan.storage, item)]
 
 
 def run(plan: Plan, items: list[Item]) -> None:
@@ -128,6 +123,13 @@ def _items(plan: Plan, trial: Trial) -> list[Item]:
         "files": plan.storage.read_json(f"trials/{trial.trial_id}/{MARKER}")["files"],
     }
     return [of_base, of_trial]
+
+
+def _is_done(storage: Storage, item: Item) -> bool:
+    names = _PARTS if item["trial_id"] else ("base_tensors",)
+    marker = f"stages/diff/{item['part']}.json"
+    files = [marker, *(f"tables/{name}.parquet/{item['part']}.parquet" for name in names)]
+    return all(map(storage.exists, files)) and bool(storage.read_json(marker) == item)
 
 
 def _drop_stale(plan: Plan) -> None:

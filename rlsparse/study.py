@@ -251,7 +251,9 @@ def expand(
         if control == "lr_times_3":
             name = study.baseline.algorithm.name
             config, cell = by_algorithm.get(name, cells[0])
-            rate = 3 * config["train"]["learning_rate"]
+            rate = float(
+                f"{3 * config['train']['learning_rate']:.12g}"
+            )  # 3e-5, not 3.0000000000000004e-05
             for seed in study.seeds:
                 add(_with(config, "train.learning_rate", rate), cell, seed, 0, control)
             continue

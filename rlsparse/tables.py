@@ -115,6 +115,17 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("score", pa.float64()),
         ]
     ),
+    # What a trial scored, one row per evaluation; step 0 is before training.
+    "eval": _schema(
+        [
+            ("trial_id", pa.string()),
+            ("step", pa.int64()),
+            ("split", pa.string()),
+            ("num_correct", pa.float64()),
+            ("num_problems", pa.int64()),
+            ("score", pa.float64()),
+        ]
+    ),
     "base_tensors": _schema(
         [
             ("base", pa.string()),

@@ -42,7 +42,7 @@ def train_trial(
 ) -> dict[str, Any]:
     """Run one trial and leave its files in ``out_dir``, which must not hold a trial yet.
 
-    Files: ``config.json``, ``steps.parquet``, ``summary.json`` (written last),
+    Files: ``config.json``, ``steps.parquet``, ``eval.parquet``, ``summary.json`` (written last),
     ``ever_changed.mask.safetensors``, ``snapshots/step-000010/weights.patch.safetensors`` per
     snapshot, and ``checkpoint/`` if the configuration keeps it.
 
@@ -106,8 +106,7 @@ def train_trial(
     probe.write_ever_changed()
     if config.keep_checkpoints:
         _save_checkpoint(model, tokenizer, config, out_dir / "checkpoint")
-    rows = [{"trial_id": trial_id, **probe.rows[step]} for step in sorted(probe.rows)]
-    tables.write(tables.from_rows(rows, "steps"), "steps", out_dir / "steps.parquet")
+    _write_tables(probe, trial_id, out_dir)
     summary = {
         "trial_id": trial_id,
         "score_base": score_base.fraction if score_base else probe.scores[0].fraction,
@@ -115,8 +114,10 @@ def train_trial(
         "score_after": probe.scores[config.train.num_steps].fraction,
         "num_eval_problems": len(test),
         "gate_ratio": 256 * config.train.learning_rate / median,
-        "num_clipped_steps": int(sum(row.get("clipped_fraction", 0.0) for row in rows)),
-        "kl_final": rows[-1].get("kl"),
+        "num_clipped_steps": int(
+            sum(row.get("clipped_fraction", 0.0) for row in probe.rows.values())
+        ),
+        "kl_final": probe.rows[config.train.num_steps].get("kl"),
         "patch_bytes": probe.patch_bytes,
         "wall_s": time.monotonic() - started,
         "cpu_s": time.process_time() - cpu_started,
@@ -124,6 +125,24 @@ def train_trial(
     }
     _write_json(out_dir / SUMMARY, summary)
     return summary
+
+
+def _write_tables(probe: Probe, trial_id: str, out_dir: Path) -> None:
+    """Write ``steps.parquet`` and ``eval.parquet``."""
+    rows = [{"trial_id": trial_id, **row} for _, row in sorted(probe.rows.items())]
+    tables.write(tables.from_rows(rows, "steps"), "steps", out_dir / "steps.parquet")
+    scores: list[dict[str, Any]] = [
+        {
+            "trial_id": trial_id,
+            "step": step,
+            "split": "test",
+            "num_correct": score.num_correct,
+            "num_problems": score.num_problems,
+            "score": score.fraction,
+        }
+        for step, score in sorted(probe.scores.items())
+    ]
+    tables.write(tables.from_rows(scores, "eval"), "eval", out_dir / "eval.parquet")
 
 
 def environment() -> dict[str, str]:

@@ -28,7 +28,12 @@ class Command:
 
     def start(self, *arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_"))}
-        ours = {"RLSPARSE_TEST": self.tag, "RAY_TMPDIR": str(self.ray_folder)}
+        self.temporary.mkdir(exist_ok=True)
+        ours = {
+            "RLSPARSE_TEST": self.tag,
+            "TMPDIR": str(self.temporary),
+            "RAY_TMPDIR": str(self.ray_folder),  # apart, because paths of sockets must be short
+        }
         return subprocess.Popen(
             [sys.executable, "-m", "pipelines", *map(str, arguments)],
             stdout=subprocess.PIPE,
@@ -45,6 +50,11 @@ class Command:
         finally:
             process.kill()
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    @property
+    def temporary(self) -> Path:
+        """Where these processes keep temporary files."""
+        return self.cwd / "tmp"
 
     @property
     def ray_has_run(self) -> bool:

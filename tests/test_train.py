@@ -225,7 +225,7 @@ def test_divergence_ends_the_trial(run_trial, tiny_trial, base, name):
 def test_files(watched):
     snapshots = {f"snapshots/step-00000{step}/weights.patch.safetensors" for step in (1, 2, 3, 4)}
     files = {str(p.relative_to(watched.folder)) for p in watched.folder.rglob("*") if p.is_file()}
-    names = {"config.json", "steps.parquet", "summary.json", tables.EVER_CHANGED}
+    names = {"config.json", "steps.parquet", "eval.parquet", "summary.json", tables.EVER_CHANGED}
     assert files == names | snapshots
     assert {p.name for p in watched.folder.iterdir()} == names | {"snapshots"}
     text = (watched.folder / "config.json").read_text()

@@ -71,7 +71,8 @@ def test_every_module_imports(package: object) -> None:
 MISTAKES = {
     "wrong key": (["study.yaml", "--set", "train.learning_rte=1"],
                   r"study\.yaml:\d+: unknown key .*learning_rte; did you mean learning_rate\?"),
-    "wrong value": (["study.yaml", "--set", "train.num_steps=0"], r"greater than or equal to 1 \(got 0\)"),
+    "wrong value": (["study.yaml", "--set", "train.num_steps=0"],
+                    r"greater than or equal to 1 \(got 0\)"),
     "no seeds": (["study.yaml", "--set", "seeds=[]"], r"seeds: .*at least 1 item"),
     "no study file": (["other.yaml"], r"cannot read study file other\.yaml"),
     "no model": (["study.yaml", "--set", "model.source=./nowhere"],

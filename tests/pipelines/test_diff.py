@@ -83,8 +83,13 @@ def test_only_parts_with_other_inputs_are_pending(study_copy: StudyRun) -> None:
     (item,) = diff.pending(plan)
     assert item["part"] == trial
 
+    other = plan.trials[1].trial_id
+    (study_copy.folder / "tables" / "masks.parquet" / f"{other}.parquet").unlink()
+    assert {item["part"] for item in diff.pending(plan)} == {trial, other}
+
     more = plan.study.model_copy(update={"views": ("fp16",)})
-    assert len(diff.pending(make_plan(more, str(study_copy.storage)))) == len(plan.trials)
+    of_views = diff.pending(make_plan(more, str(study_copy.storage)))
+    assert {item["part"] for item in of_views} == {t.trial_id for t in plan.trials}
 
 
 def test_a_task_run_twice_changes_nothing(study_copy: StudyRun) -> None:

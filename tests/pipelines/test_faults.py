@@ -3,7 +3,6 @@
 import re
 import signal
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,7 +66,7 @@ class Disturbed:
         found = {}
         for trial in self.plan.trials:
             entry = self.plan.ledger.get(trial.trial_id)
-            folder = Path(tempfile.gettempdir()) / f"rlsparse-trial-{trial.trial_id}-{entry.pid}"
+            folder = self.command.temporary / f"rlsparse-trial-{trial.trial_id}-{entry.pid}"
             first = folder / "snapshots" / "step-000002" / "weights.patch.safetensors"
             if entry.status == "running" and entry.pid and first.exists():
                 found[trial.trial_id, entry.pid] = folder
@@ -100,20 +99,20 @@ def table(folder: Path, name: str) -> pa.Table:
 
 def assert_same_results(run: Disturbed, undisturbed: StudyRun) -> None:
     folder = run.storage / "study"
-    for name in tables.SCHEMAS:
+    names = [path.stem for path in undisturbed.folder.glob("tables/*.parquet")]
+    assert len(names) >= 8
+    for name in names:
         assert table(folder, name).equals(table(undisturbed.folder, name)), name
     patches = sorted(undisturbed.folder.glob("trials/*/snapshots/*/*"))
     assert len(patches) == 8
-    for patch in patches:
-        ours = folder / patch.relative_to(undisturbed.folder)
-        assert ours.read_bytes() == patch.read_bytes()
+    for file in [*patches, *undisturbed.folder.glob("trials/*/e*")]:  # eval, ever_changed
+        ours = folder / file.relative_to(undisturbed.folder)
+        assert ours.read_bytes() == file.read_bytes(), ours
 
 
 def assert_tidy(run: Disturbed) -> None:
     assert run.command.processes() == []
-    names = {trial.trial_id for trial in run.plan.trials}
-    for path in Path(tempfile.gettempdir()).glob("rlsparse-trial-*"):
-        assert path.name.split("-")[2] not in names, f"{path} was left"
+    assert list(run.command.temporary.glob("rlsparse-trial-*")) == []
     assert not (run.storage / "study" / "driver.lock").exists()
 
 

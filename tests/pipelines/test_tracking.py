@@ -7,6 +7,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,28 @@ from rlsparse import tables
 
 
 @pytest.fixture(autouse=True)
-def _own_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = mlflow.get_tracking_uri()
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     yield
     mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture(scope="module")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow needs seconds to make one; each test takes a copy."""
+    file = tmp_path_factory.mktemp("mlflow") / "empty.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture
+def database(empty_database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A database of this test, given by the environment."""
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{shutil.copy(empty_database, tmp_path / 'own.db')}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return uri
 
 
 def records(uri: str, study: str) -> dict[str, dict[str, Any]]:
@@ -89,62 +107,48 @@ def test_one_parent_and_a_child_for_every_trial(study_run: StudyRun) -> None:
             assert value == 1 - changed / sum(row["num_elements"] for row in ours)
 
 
-def test_sync_is_idempotent_and_rebuilds_from_the_files(
-    study_run: StudyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = records(tracking_uri(study_run.plan), "study")
-    uri = f"sqlite:///{tmp_path}/other.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.chdir(tmp_path)
-    assert tracking_uri(study_run.plan) == uri
+def test_sync_is_idempotent_and_rebuilds_from_the_files(study_run: StudyRun, database: str) -> None:
+    assert tracking_uri(study_run.plan) == database
     sync(study_run.plan)
-    rebuilt = records(uri, "study")
-    assert rebuilt == original
+    rebuilt = records(database, "study")
+    assert rebuilt == records(f"sqlite:///{study_run.storage}/mlflow.db", "study")
     sync(study_run.plan)
-    assert records(uri, "study") == rebuilt
+    assert records(database, "study") == rebuilt
 
 
 def test_a_failed_trial_is_failed_with_its_error_until_it_is_done(
-    study_copy: StudyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study_copy: StudyRun, database: str
 ) -> None:
-    uri = f"sqlite:///{tmp_path}/failing.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.chdir(tmp_path)
     plan, trial = study_copy.plan, study_copy.plan.trials[0]
     finished = plan.ledger.get(trial.trial_id)
     plan.ledger.fail(trial.trial_id, "no pairs")
     sync(plan)
-    runs = records(uri, "study")
+    runs = records(database, "study")
     assert runs[trial.trial_id]["status"] == "FAILED"
     assert runs[trial.trial_id]["tags"]["error"] == "no pairs"
     assert runs[""]["status"] == "FAILED"
 
     plan.ledger.start(trial.trial_id, host="here", pid=1, versions=finished.versions)
     Tracker(plan).sync([trial])
-    assert records(uri, "study")[trial.trial_id]["status"] == "RUNNING"
+    assert records(database, "study")[trial.trial_id]["status"] == "RUNNING"
     plan.ledger.finish(trial.trial_id)
     sync(plan)
-    runs = records(uri, "study")
+    runs = records(database, "study")
     assert {run["status"] for run in runs.values()} == {"FINISHED"}
     assert "error" not in runs[trial.trial_id]["tags"]
     assert len(runs) == len(plan.trials) + 1
 
 
-def test_planned_trials_have_no_run(
-    study_copy: StudyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    uri = f"sqlite:///{tmp_path}/empty.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+def test_planned_trials_have_no_run(study_copy: StudyRun, database: str) -> None:
     for file in study_copy.folder.glob("ledger/*"):
         file.unlink()
     Tracker(study_copy.plan).sync()
-    assert records(uri, "study").keys() == {""}
+    assert records(database, "study").keys() == {""}
 
 
 def test_a_run_id_of_the_environment_is_not_written_into(
-    study_run: StudyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    study_run: StudyRun, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/own.db")
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
     Tracker(study_run.plan)
     assert "MLFLOW_RUN_ID" not in os.environ
@@ -186,14 +190,26 @@ def test_the_mlflow_page_lists_parent_and_children(study_run: StudyRun, tmp_path
                       "--disable-background-networking", "--disable-component-update",
                       "--disable-sync"],
             )  # fmt: skip
-            page = browser.new_page(viewport={"width": 1500, "height": 900})
+            page = browser.new_page(viewport={"width": 2600, "height": 900})
+            expect.set_options(timeout=60_000)
             page.goto(f"{url}/#/experiments/{experiment}/runs")
             try:
-                expect(page.get_by_text("study", exact=True).first).to_be_visible(timeout=60_000)
-                text = page.inner_text("body")
-                (tmp_path / "page.txt").write_text(text)
+                grid = page.locator("[role=grid], [role=treegrid]").first
+                expect(grid.get_by_text("study", exact=True)).to_be_visible()
+                expect(page.get_by_text("13 matching runs")).to_be_visible()
+                grid.locator("button").nth(1).click()  # unfolds the parent
+                for trial in study_run.plan.trials:
+                    expect(grid.get_by_text(trial.trial_id)).to_be_visible()
+                page.get_by_role("button", name="Columns", exact=True).click()
+                page.get_by_placeholder("Search columns").fill("factor.algorithm.name")
+                choices = page.get_by_test_id("column-selector-tree")
+                expect(choices.get_by_text("Parameters (1)")).to_be_visible()
+                choices.locator("[class*=tree-checkbox]").last.click()
+                page.keyboard.press("Escape")
+                for text in ("factor.algorithm.name", "grpo", "dpo", "sft"):
+                    expect(grid.get_by_text(text, exact=True).first).to_be_visible()
             finally:
-                page.screenshot(path=os.environ.get("MLFLOW_SHOT", str(tmp_path / "page.png")))
+                page.screenshot(path=os.environ.get("MLFLOW_SHOT", tmp_path / "page.png"))
                 browser.close()
     finally:
         os.killpg(server.pid, 15)
