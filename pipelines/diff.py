@@ -73,7 +73,7 @@ def measure(item: Item) -> Item:
             parts = measure_trial(checkpoint, base.fingerprint, folder, item)
         for name, table in zip(_PARTS, parts, strict=True):
             write_table(storage, table, name, f"{name}.parquet/{item['part']}.parquet")
-    storage.write_json(f"stages/diff/{item['part']}.json", item)
+    storage.write_json(f"stages/diff/{item['part']}.json", _inputs(item))
     return {"part": item["part"]}
 
 
@@ -129,7 +129,12 @@ def _is_done(storage: Storage, item: Item) -> bool:
     names = _PARTS if item["trial_id"] else ("base_tensors",)
     marker = f"stages/diff/{item['part']}.json"
     files = [marker, *(f"tables/{name}.parquet/{item['part']}.parquet" for name in names)]
-    return all(map(storage.exists, files)) and bool(storage.read_json(marker) == item)
+    return all(map(storage.exists, files)) and bool(storage.read_json(marker) == _inputs(item))
+
+
+def _inputs(item: Item) -> Item:
+    """What the parts depend on: not where they lie, so that a study may be moved."""
+    return {key: value for key, value in item.items() if key not in ("storage", "source")}
 
 
 def _drop_stale(plan: Plan) -> None:

@@ -6,6 +6,7 @@ marker lists the files with sizes and hashes and is written last.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import uuid
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pyarrow import fs
 
@@ -202,9 +203,9 @@ class Storage:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other drivers off this study; a lock left by a dead process here is taken over.
+        """Keep other drivers off this study; the system frees the lock of a process that dies.
 
-        Object stores have no exclusive creation in pyarrow, so there nothing is locked.
+        Object stores have no locks in pyarrow, so there nothing is locked.
 
         Raises:
             StorageError: another driver is at work.
@@ -214,40 +215,32 @@ class Storage:
             return
         path = Path(self.path(LOCK))
         path.parent.mkdir(parents=True, exist_ok=True)
-        owner = {"host": socket.gethostname(), "pid": os.getpid()}
-        while True:
+        with _locked(path, self.url) as file:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
             try:
-                with path.open("x") as file:
-                    json.dump(owner, file)
-                break
-            except FileExistsError:
-                holder = _holder(path)
-                if holder and (holder["host"] != owner["host"] or _alive(holder["pid"])):
-                    raise StorageError(
-                        f"another driver is at work on {self.url}: process {holder['pid']} on "
-                        f"{holder['host']}; wait for it, or delete {path} if it is gone"
-                    ) from None
+                yield
+            finally:
                 path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # not empty: the study has begun
+                    path.parent.rmdir()
+
+
+def _locked(path: Path, url: str) -> TextIO:
+    """The lock file, open and locked."""
+    while True:
+        file = path.open("a+")
         try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # not empty: the study has begun
-                path.parent.rmdir()
-
-
-def _holder(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its holder deletes the file at the end: lock the one that is there now.
+            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                return file
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read() or "just started"
+            file.close()
+            raise StorageError(
+                f"another driver is at work on {url}: {holder}; wait for it, or stop it"
+            ) from None
+        file.close()

@@ -105,8 +105,8 @@ def _explain(error: Any, document: Any, path: Path) -> str:
         elif isinstance(part, str) and any(tag_of(c) == part for c in candidates):
             candidates = [c for c in candidates if tag_of(c) == part]
             continue
-        elif part == error["loc"][-1] and error["type"] in ("missing", "extra_forbidden"):
-            shown.append(str(part))
+        elif error["type"] == "extra_forbidden" or any(part in c.model_fields for c in candidates):
+            shown.append(str(part))  # set by --set, or missing: not in the file
         if error["type"] == "extra_forbidden" and part == error["loc"][-1]:
             break
         if isinstance(part, str):

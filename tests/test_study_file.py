@@ -165,3 +165,10 @@ def test_overrides_set_values_before_checking(tmp_path):
 def test_wrong_overrides(tmp_path, override, message):
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, STUDY, override)
+
+
+def test_a_value_that_is_only_set_is_named_in_full(tmp_path):
+    with pytest.raises(ConfigError, match=r"key baseline\.train\.num_generations; known"):
+        load(tmp_path, STUDY, "train.num_generations=3")
+    with pytest.raises(ConfigError, match=r"baseline\.task\.num_terms: .*\(got 0\)"):
+        load(tmp_path, STUDY, "task.num_terms=0")

@@ -1,6 +1,5 @@
 """The distributed diff gives the tables of the serial one, once, whatever is run again."""
 
-import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -72,11 +71,7 @@ def test_done_parts_are_not_pending(study_run: StudyRun) -> None:
 
 def test_only_parts_with_other_inputs_are_pending(study_copy: StudyRun) -> None:
     plan = study_copy.plan
-    for file in study_copy.folder.glob("stages/diff/*.json"):
-        item = json.loads(file.read_text())
-        item["storage"] = plan.storage.url
-        file.write_text(json.dumps(item))
-    assert diff.pending(plan) == []
+    assert diff.pending(plan) == [], "a study that was moved is not diffed again"
 
     trial = plan.trials[0].trial_id
     (study_copy.folder / "stages" / "diff" / f"{trial}.json").unlink()

@@ -1,6 +1,5 @@
 """Files are written all or nothing, are done when marked, and belong to one driver."""
 
-import json
 import os
 import pickle
 import subprocess
@@ -185,18 +184,8 @@ with Storage({str(tmp_path)!r}).lock():
             pass
         other.kill()
     with Storage(str(tmp_path)).lock():
-        held = json.loads((tmp_path / LOCK).read_text())
-    assert held["pid"] == os.getpid(), "the lock of a killed driver was not taken over"
-
-
-def test_a_driver_on_another_machine_is_believed_to_live(tmp_path: Path) -> None:
-    (tmp_path / LOCK).write_text(json.dumps({"host": "elsewhere", "pid": 1}))
-    with (
-        pytest.raises(StorageError, match=r"on elsewhere; wait for it, or delete .*driver\.lock"),
-        Storage(str(tmp_path)).lock(),
-    ):
-        pass
-    assert (tmp_path / LOCK).exists()
+        held = (tmp_path / LOCK).read_text()
+    assert f"process {os.getpid()} on" in held, "the lock of a killed driver was not taken over"
 
 
 def test_a_lock_leaves_no_empty_study_behind(tmp_path: Path) -> None:
