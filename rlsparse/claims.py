@@ -312,7 +312,7 @@ def _judge_tested(
         row |= {n: None if np.isnan(v) else v for n, v in zip(names, shown, strict=True)}
     notes = [why, own.remark]
     if verdict != UNDECIDED and p_value < statistics.sign_flip_floor(num_runs):
-        notes.append("the p value is below what exact sign flips of so few seeds can give")
+        notes.append("p is below the floor of an exact sign-flip test")
     if len(found) > 1:
         other = {str(d): v for d, (v, _) in verdicts.items() if v != verdict}
         row["depends_on_definition"] = bool(other)
