@@ -9,6 +9,7 @@ leaves reinforcement learning both headroom and signal.
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
@@ -113,13 +114,13 @@ def _text(draw: random.Random, problems: list[Problem], config: PretrainConfig) 
     return problem.prompt, problem.completion
 
 
-def _batch(tokenizer: object, texts: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
+def _batch(tokenizer: Any, texts: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
     """Right-padded batch; the loss is on the completions and their end."""
-    ends = [tokenizer.eos_token_id]  # type: ignore[attr-defined]
-    prompts = [tokenizer(prompt)["input_ids"] for prompt, _ in texts]  # type: ignore[operator]
-    completions = [tokenizer(text)["input_ids"] + ends for _, text in texts]  # type: ignore[operator]
+    ends = [tokenizer.eos_token_id]
+    prompts = [tokenizer(prompt)["input_ids"] for prompt, _ in texts]
+    completions = [tokenizer(text)["input_ids"] + ends for _, text in texts]
     width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
-    ids = torch.full((len(texts), width), tokenizer.pad_token_id)  # type: ignore[attr-defined]
+    ids = torch.full((len(texts), width), tokenizer.pad_token_id)
     labels = torch.full((len(texts), width), -100)
     mask = torch.zeros((len(texts), width), dtype=torch.long)
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):

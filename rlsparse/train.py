@@ -8,7 +8,7 @@ import platform
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -66,36 +66,15 @@ def train_trial(
     out_dir.mkdir(parents=True, exist_ok=True)
     _write_json(out_dir / "config.json", config.model_dump(mode="json"))
     _make_deterministic(config.seed, num_threads)
-    task = load_task(config.task)
-    problems = task.problems("train", config.task.num_train_problems)
-    test = task.problems("test", config.task.num_eval_problems)
-    tokenizer = load_tokenizer(base_dir)
-    model = load_model(base_dir, config.train.precision)
-    if torch.cuda.is_available():
-        model = model.to("cuda")
-        torch.cuda.reset_peak_memory_stats()
-
-    def score() -> Score:
-        with _generator_untouched():
-            return evaluate(model, tokenizer, task, test)
-
-    # The base as it is stored: under fp32 masters the trainer's autocast may score it otherwise.
-    score_base = _score_stored(base_dir, config, tokenizer, task, test)
-    context = TrialContext(
-        config=config,
-        model=model,
-        tokenizer=tokenizer,
-        task=task,
-        problems=list(problems),
-        scratch_dir=out_dir / "scratch",
-    )
-    median = _median_magnitude(model)
+    context = _load(config, base_dir, out_dir / "scratch")
+    score_base = _score_stored(context, base_dir)
+    median = _median_magnitude(context.model)
     probe = Probe(
         config,
-        model,
+        context.model,
         base_fingerprint=base_fingerprint,
         out_dir=out_dir,
-        score=score,
+        score=lambda: _score(context, context.model),
         on_progress=on_progress,
     )
     trainer = ALGORITHMS[config.algorithm.name](context)
@@ -105,19 +84,19 @@ def train_trial(
     shutil.rmtree(context.scratch_dir, ignore_errors=True)
     probe.write_ever_changed()
     if config.keep_checkpoints:
-        _save_checkpoint(model, tokenizer, config, out_dir / "checkpoint")
+        _save_checkpoint(context, out_dir / "checkpoint")
     _write_tables(probe, trial_id, out_dir)
+    last = config.train.num_steps
+    clipped = (row.get("clipped_fraction", 0.0) for row in probe.rows.values())
     summary = {
         "trial_id": trial_id,
-        "score_base": score_base.fraction if score_base else probe.scores[0].fraction,
+        "score_base": (score_base or probe.scores[0]).fraction,
         "score_before": probe.scores[0].fraction,
-        "score_after": probe.scores[config.train.num_steps].fraction,
-        "num_eval_problems": len(test),
+        "score_after": probe.scores[last].fraction,
+        "num_eval_problems": config.task.num_eval_problems,
         "gate_ratio": 256 * config.train.learning_rate / median,
-        "num_clipped_steps": int(
-            sum(row.get("clipped_fraction", 0.0) for row in probe.rows.values())
-        ),
-        "kl_final": probe.rows[config.train.num_steps].get("kl"),
+        "num_clipped_steps": int(sum(clipped)),
+        "kl_final": probe.rows[last].get("kl"),
         "patch_bytes": probe.patch_bytes,
         "wall_s": time.monotonic() - started,
         "cpu_s": time.process_time() - cpu_started,
@@ -125,6 +104,38 @@ def train_trial(
     }
     _write_json(out_dir / SUMMARY, summary)
     return summary
+
+
+def _load(config: TrialConfig, base_dir: Path, scratch_dir: Path) -> TrialContext:
+    """Model, tokenizer and data of a trial, on the device that it trains on."""
+    task = load_task(config.task)
+    model = load_model(base_dir, config.train.precision)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+        torch.cuda.reset_peak_memory_stats()
+    return TrialContext(
+        config=config,
+        model=model,
+        tokenizer=load_tokenizer(base_dir),
+        task=task,
+        problems=list(task.problems("train", config.task.num_train_problems)),
+        scratch_dir=scratch_dir,
+    )
+
+
+def _score(context: TrialContext, model: Any) -> Score:
+    """Held-out greedy score; leaves torch's random state as it was."""
+    problems = context.task.problems("test", context.config.task.num_eval_problems)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        return evaluate(model, context.tokenizer, context.task, problems)
+
+
+def _score_stored(context: TrialContext, base_dir: Path) -> Score | None:
+    """Score of the base as it is stored, where the trainer's autocast may score it otherwise."""
+    if context.config.train.precision != "bf16-mixed":
+        return None
+    return _score(context, load_model(base_dir, "bf16").to(context.model.device))
 
 
 def _write_tables(probe: Probe, trial_id: str, out_dir: Path) -> None:
@@ -174,25 +185,6 @@ def _make_deterministic(seed: int, num_threads: int) -> None:
     transformers.set_seed(seed)
 
 
-@contextlib.contextmanager
-def _generator_untouched() -> Iterator[None]:
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        yield
-
-
-def _score_stored(
-    base_dir: Path, config: TrialConfig, tokenizer: Any, task: Any, test: Any
-) -> Score | None:
-    if config.train.precision != "bf16-mixed":
-        return None
-    base = load_model(base_dir, "bf16")
-    if torch.cuda.is_available():
-        base = base.to("cuda")
-    with _generator_untouched():
-        return evaluate(base, tokenizer, task, test)
-
-
 def _median_magnitude(model: torch.nn.Module) -> float:
     """Median |w| over at most 2^22 evenly spaced weights."""
     total = sum(weight.numel() for weight in model.parameters())
@@ -201,10 +193,11 @@ def _median_magnitude(model: torch.nn.Module) -> float:
     return float(torch.cat(parts).median())
 
 
-def _save_checkpoint(model: Any, tokenizer: Any, config: TrialConfig, path: Path) -> None:
+def _save_checkpoint(context: TrialContext, path: Path) -> None:
     """Save the trained weights in the stored format, for readers other than this project."""
-    model.to(TORCH_DTYPES[config.stored_dtype]).save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    dtype = TORCH_DTYPES[context.config.stored_dtype]
+    context.model.to(dtype).save_pretrained(path)
+    context.tokenizer.save_pretrained(path)
 
 
 def _peak_bytes() -> int:

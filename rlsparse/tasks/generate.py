@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,8 +27,8 @@ class Score:
 
 @torch.no_grad()
 def complete(
-    model: torch.nn.Module,
-    tokenizer: object,
+    model: Any,
+    tokenizer: Any,
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
@@ -53,29 +53,27 @@ def complete(
     )
     texts: list[str] = []
     for first in range(0, len(prompts), batch_size):
-        batch = tokenizer(  # type: ignore[operator]
+        batch = tokenizer(
             list(prompts[first : first + batch_size]),
             return_tensors="pt",
             padding=True,
             padding_side="left",
             add_special_tokens=False,
         ).to(next(model.parameters()).device)
-        output = model.generate(  # type: ignore[operator]
+        output = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,  # type: ignore[attr-defined]
+            pad_token_id=tokenizer.pad_token_id,
             **sampling,
         )
         new = output[:, batch["input_ids"].shape[1] :]
-        texts += tokenizer.batch_decode(new, skip_special_tokens=True)  # type: ignore[attr-defined]
+        texts += tokenizer.batch_decode(new, skip_special_tokens=True)
     model.train(was_training)
     return texts
 
 
-def evaluate(
-    model: torch.nn.Module, tokenizer: object, task: "Task", problems: Sequence[Problem]
-) -> Score:
+def evaluate(model: Any, tokenizer: Any, task: "Task", problems: Sequence[Problem]) -> Score:
     """Greedy score of ``model`` on ``problems``."""
     texts = complete(
         model,
