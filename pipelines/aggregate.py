@@ -13,7 +13,7 @@ from rlsparse.config import canonical_json
 from rlsparse.effects import effects, responses
 from rlsparse.errors import RlsparseError
 from rlsparse.patch import PATCH_FILE, Patch
-from rlsparse.study import Trial
+from rlsparse.study import Study, Trial
 from rlsparse.tables import SUMMARY, snapshot_folder
 
 SMALL_TABLES = ("trials", "steps", "overlaps", "effects", "claims")
@@ -128,16 +128,23 @@ def _small(plan: Plan, name: str) -> pa.Table:
         return tables.read(path, name)
 
 
+def settings(study: Study) -> dict[str, Any]:
+    """What is varied and what is held fixed: the part of a study that its claims are about."""
+    return study.model_dump(mode="json", include={"baseline", "factors", "resources"})
+
+
 def registration(plan: Plan) -> dict[str, str]:
     """Claim id -> registered, post hoc or extended, from what ``study.json`` froze.
 
-    A claim that was not there, or reads differently now, is post hoc; one whose study got seeds
-    after a verdict is extended.
+    A claim that was not there, or reads differently now, is post hoc, and so are all claims of a
+    study whose baseline or factors were changed; a study that got more seeds is extended.
     """
     frozen = plan.storage.read_json("study.json")["registered"]
+    changed = frozen["settings"] != settings(plan.study)
     result = {}
     for claim in plan.study.claims:
-        known = frozen["claims"].get(claim.id) == claim.model_dump(mode="json")
+        same = frozen["claims"].get(claim.id) == claim.model_dump(mode="json")
+        known = same and not changed
         more_seeds = set(plan.study.seeds) - set(frozen["seeds"])
         result[claim.id] = "post hoc" if not known else "extended" if more_seeds else "registered"
     return result

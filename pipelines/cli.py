@@ -98,10 +98,12 @@ def run(
 def status(
     study: Annotated[str, typer.Argument(metavar="STUDY.yaml|DIR", show_default=False)],
     storage: StorageUrl = "runs",
+    overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Say what is done, running, failed and left, and why trials failed."""
-    plan = _plan_of(study, storage)
+    plan = _plan_of(study, storage, overrides)
+    at_work = plan.storage.is_locked()
     rows: list[dict[str, Any]] = []
     for trial in plan.trials:
         entry = plan.ledger.get(trial.trial_id)
@@ -109,23 +111,26 @@ def status(
             {
                 "trial_id": trial.trial_id,
                 "label": trial.label,
-                "status": entry.status,
+                # Whoever ran it is gone; the next run does it again.
+                "status": "interrupted"
+                if entry.status == "running" and not at_work
+                else entry.status,
                 "attempts": entry.attempts,
                 "error": entry.error,
             }
         )
-    names = ("finished", "running", "failed", "planned")
+    names = ("finished", "running", "interrupted", "failed", "planned")
     counts = {name: sum(row["status"] == name for row in rows) for name in names}
     if as_json:
         print(json.dumps({"study": plan.study.name, "counts": counts, "trials": rows}, indent=1))
         return
     print(
         f"{plan.study.name}: {counts['finished']}/{len(rows)} done, {counts['running']} running, "
-        f"{counts['failed']} failed, {counts['planned']} left"
+        f"{counts['failed']} failed, {counts['planned'] + counts['interrupted']} left"
     )
     for row in rows:
         if row["status"] != "finished":
-            line = f"  {row['status']:8} {row['trial_id']} {row['label']} {row['error'] or ''}"
+            line = f"  {row['status']:11} {row['trial_id']} {row['label']} {row['error'] or ''}"
             print(line.rstrip())
 
 
@@ -142,7 +147,7 @@ def report(
     plan = _plan_of(folder, "")
     _print_results(plan, rebuild(plan, console=Console(stderr=True)))
     if json_path is not None:
-        json_path.write_bytes(plan.storage.read_bytes("report/report.json"))
+        _write(json_path, plan.storage.read_bytes("report/report.json").decode())
 
 
 @app.command()
@@ -164,7 +169,7 @@ def diff(
         print(json.dumps(result))
         return
     if json_path is not None:
-        json_path.write_text(json.dumps(result) + "\n", encoding="utf-8")
+        _write(json_path, json.dumps(result) + "\n")
     _print_diff(result)
 
 
@@ -203,23 +208,37 @@ def mlflow_sync(folder: Annotated[str, typer.Argument(metavar="DIR", show_defaul
 # --- helpers of the commands -----------------------------------------------------------------
 
 
-def _plan_of(place: str, storage: str) -> "Plan":
+def _plan_of(place: str, storage: str, overrides: list[str] | None = None) -> "Plan":
     """The plan of a study file, or of the folder of a study that has run."""
+    from pydantic import ValidationError
+
     from pipelines.plan import make_plan
     from pipelines.storage import Storage
     from rlsparse.study import Study
     from rlsparse.study_file import load_study
 
     if place.endswith((".yaml", ".yml")):
-        return make_plan(load_study(place), storage)
+        return make_plan(load_study(place, overrides or []), storage)
     folder = Storage(place)
     if not folder.exists("study.json"):
         raise ConfigError(
             f"{place} is no study: no study.json in it; give a study file, or the folder that "
             "`rlsparse run` made"
         )
-    study: Study = Study.model_validate(folder.read_json("study.json")["study"])
+    try:
+        study: Study = Study.model_validate(folder.read_json("study.json")["study"])
+    except (ValidationError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{place}/study.json is damaged or of another release; run the study file again"
+        ) from error
     return make_plan(study, folder.url.rstrip("/").rpartition("/")[0])
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}; give another --json") from error
 
 
 def _print_dry_run(plan: "Plan") -> None:
@@ -281,8 +300,10 @@ def _print_results(plan: "Plan", tables: "dict[str, pa.Table]") -> None:
             claims.add_column(column)
         for row in rows:
             ends = [_number(row[key]) for key in ("ci_low", "ci_high") if row[key] is not None]
+            standing = "" if row["registered"] == "registered" else row["registered"]
+            note = "; ".join(filter(None, [standing, row["note"]]))
             claims.add_row(
-                row["id"], row["verdict"], _number(row["estimate"]), " .. ".join(ends), row["note"]
+                row["id"], row["verdict"], _number(row["estimate"]), " .. ".join(ends), note
             )
         console.print(claims, markup=False)
         for scope in dict.fromkeys(row["scope"] for row in rows):

@@ -18,6 +18,7 @@ from rlsparse import tables
 from rlsparse.checkpoint import Checkpoint
 from rlsparse.config import ModelConfig
 from rlsparse.diff import base_rows, mask_rows, measure_patch
+from rlsparse.errors import CheckpointError, PatchError, RlsparseError
 from rlsparse.masks import read_masks
 from rlsparse.patch import PATCH_FILE, Patch
 from rlsparse.study import Trial
@@ -54,13 +55,29 @@ def pending(plan: Plan) -> list[Item]:
 
 
 def run(plan: Plan, items: list[Item]) -> None:
-    """Do the tasks on all nodes; needs a Ray session."""
+    """Do the tasks on all nodes; needs a Ray session.
+
+    Raises:
+        PatchError: files of trials are damaged, one line each; the other trials are done.
+    """
     _drop_stale(plan)
-    ray.data.from_items(items, override_num_blocks=len(items)).map(measure).materialize()
+    parts = ray.data.from_items(items, override_num_blocks=len(items)).map(_try_measure)
+    errors = [part["error"] for part in parts.take_all() if part["error"]]
+    if errors:
+        raise PatchError("\n".join(sorted(errors)))
 
 
-def measure(item: Item) -> Item:
-    """One task: the tables of one trial, or of one base."""
+def _try_measure(item: Item) -> Item:
+    """One task; errors are handed back, because Ray would wrap them in tracebacks."""
+    try:
+        measure(item)
+    except RlsparseError as error:
+        return {"part": item["part"], "error": str(error)}
+    return {"part": item["part"], "error": ""}
+
+
+def measure(item: Item) -> None:
+    """The tables of one trial, or of one base."""
     storage = Storage(item["storage"])
     base = load_base(ModelConfig(source=item["source"]), expect=item["base"])
     checkpoint = Checkpoint.open(base.path)
@@ -69,12 +86,17 @@ def measure(item: Item) -> Item:
         table = tables.from_rows(rows, "base_tensors")
         write_table(storage, table, "base_tensors", f"base_tensors.parquet/{item['part']}.parquet")
     else:
-        with storage.local_copy(f"trials/{item['trial_id']}") as folder:
-            parts = measure_trial(checkpoint, base.fingerprint, folder, item)
+        place = f"trials/{item['trial_id']}"
+        try:
+            with storage.local_copy(place) as folder:
+                parts = measure_trial(checkpoint, base.fingerprint, folder, item)
+        except (PatchError, CheckpointError) as error:
+            raise PatchError(
+                f"trial {item['trial_id']}: {error}; delete {storage.url}/{place} and run again"
+            ) from error
         for name, table in zip(_PARTS, parts, strict=True):
             write_table(storage, table, name, f"{name}.parquet/{item['part']}.parquet")
     storage.write_json(f"stages/diff/{item['part']}.json", _inputs(item))
-    return {"part": item["part"]}
 
 
 def measure_trial(

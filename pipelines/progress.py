@@ -81,6 +81,12 @@ class Progress:
         self.running[trial_id] = row
         self._refresh()
 
+    def retried(self, trial_id: str, attempt: int, reason: str) -> None:
+        """A trial's worker died or raised; it will run again."""
+        self.running.pop(trial_id, None)
+        text = f"attempt {attempt} of {self.trials[trial_id].label} ({trial_id}) ended: {reason}"
+        self._say(f"{text}; trying again")
+
     def ended(self, trial_id: str) -> None:
         """A trial finished or failed."""
         self.running.pop(trial_id, None)
@@ -93,8 +99,11 @@ class Progress:
         text = f"[{done}/{self._total}] {entry.status} {label} ({trial_id}) in {seconds:.0f} s"
         if entry.error:
             text += f": {entry.error}"
-        self._console.print(f"{text}, {self._eta()}", markup=False, highlight=False, soft_wrap=True)
+        self._say(f"{text}, {self._eta()}")
         self._refresh()
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _eta(self) -> str:
         left = len(self.trials) - len(self.ended_ids)

@@ -37,7 +37,7 @@ class RaySession:
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
         import ray
 
-        settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+        settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "critical"}
         if self._address is None:
             settings |= {"address": "local", "include_dashboard": False}
         else:
@@ -51,7 +51,7 @@ class RaySession:
         self._started = True
         ray.data.DataContext.get_current().enable_progress_bars = False
         for name in ("ray.data", "ray.tune"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
     def __enter__(self) -> "RaySession":
         """Begin without connecting."""

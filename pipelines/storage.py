@@ -92,8 +92,17 @@ class Storage:
             raise StorageError(f"cannot read {self.url}/{name}: {error}") from error
 
     def read_json(self, name: str) -> Any:
-        """Content of a JSON file."""
-        return json.loads(self.read_bytes(name))
+        """Content of a JSON file.
+
+        Raises:
+            StorageError: it is not there, or no JSON.
+        """
+        try:
+            return json.loads(self.read_bytes(name))
+        except ValueError as error:
+            raise StorageError(
+                f"{self.url}/{name} is damaged ({error}); delete it and run the study again"
+            ) from error
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a file, all or nothing, and the folders above it.
@@ -225,6 +234,20 @@ class Storage:
                 path.unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # not empty: the study has begun
                     path.parent.rmdir()
+
+    def is_locked(self) -> bool:
+        """Whether a driver is at work; always True where nothing can be locked."""
+        if not self.is_local:
+            return True
+        path = Path(self.path(LOCK))
+        if not path.exists():
+            return False
+        with path.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
 
 def _locked(path: Path, url: str) -> TextIO:

@@ -60,7 +60,14 @@ def run_study(
     """
     plan.storage.check_writable()
     with plan.storage.lock():
+        before = plan.entries()
         entries = {trial.trial_id: plan.ledger.settle(trial.trial_id) for trial in plan.trials}
+        for name, entry in entries.items():
+            if before[name].status == "finished" != entry.status:
+                console.print(
+                    f"trial {name} is incomplete in {plan.storage.url}: it runs again",
+                    soft_wrap=True,
+                )
         todo = [
             trial
             for trial in plan.trials
@@ -73,6 +80,12 @@ def run_study(
             if todo:
                 session.start()
             _write_study(plan)
+            if "post hoc" in aggregate.registration(plan).values():
+                console.print(
+                    "study.json holds claims that were registered with other settings or another "
+                    "wording: those given now are post hoc; another `name` keeps both studies",
+                    soft_wrap=True,
+                )
             if todo:
                 _sweep(plan, todo, console)
             elif only is None:
@@ -116,7 +129,7 @@ def _sweep(plan: Plan, todo: list[Trial], console: Console) -> None:
             super().ended(trial_id)
             tracker.sync([by_id[trial_id]])
 
-    num_done = len(plan.trials) - len(todo)
+    num_done = len(plan.finished())
     console.print(
         f"{len(plan.trials)} trials: {num_done} done, {len(todo)} to run", highlight=False
     )
@@ -137,7 +150,8 @@ def _analyse(plan: Plan, session: RaySession, console: Console) -> Tables:
     items = diff.pending(plan)
     if items:
         session.start()
-        console.print(f"diffing {len(items)} parts", highlight=False)
+        num_trials = sum(item["trial_id"] is not None for item in items)
+        console.print(f"diffing {num_trials} trials against their base", highlight=False)
         diff.run(plan, items)
     inputs = {
         "study": plan.study.model_dump(mode="json"),
@@ -204,6 +218,7 @@ def _write_study(plan: Plan) -> None:
     frozen = {
         "claims": {claim.id: claim.model_dump(mode="json") for claim in plan.study.claims},
         "seeds": list(plan.study.seeds),
+        "settings": aggregate.settings(plan.study),
     }
     if plan.storage.list("ledger"):
         frozen = plan.storage.read_json("study.json")["registered"]

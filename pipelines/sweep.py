@@ -36,6 +36,9 @@ class Listener(Protocol):
     def stepped(self, trial_id: str, row: dict[str, Any]) -> None:
         """The trial made a step; ``row`` is of table ``steps``."""
 
+    def retried(self, trial_id: str, attempt: int, reason: str) -> None:
+        """The trial's worker died or raised; it will run again."""
+
     def ended(self, trial_id: str) -> None:
         """The trial finished or failed; the ledger says which."""
 
@@ -154,11 +157,20 @@ class _Relay(tune.Callback):  # type: ignore[misc]
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         self._listener.ended(trial.config["spec"]["trial_id"])
 
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
+        name = trial.config["spec"]["trial_id"]
+        self._listener.retried(name, trial.num_failures, _reason(trial))
+
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         name = trial.config["spec"]["trial_id"]
-        reason = str(trial.get_error() or "the worker died").strip().splitlines()[-1]
-        self._ledger.fail(name, f"{reason} (after {trial.num_failures} attempts)")
+        self._ledger.fail(name, f"{_reason(trial)} (after {trial.num_failures} attempts)")
         self._listener.ended(name)
+
+
+def _reason(trial: Any) -> str:
+    """Last line of what Tune knows of a trial's failure."""
+    text = str(trial.get_error() or "").strip()
+    return text.splitlines()[-1].strip() if text else "the worker died"
 
 
 def num_slots(resources: Resources) -> int:

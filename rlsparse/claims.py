@@ -313,7 +313,7 @@ def _judge_tested(
     notes = [why, own.remark]
     if verdict != UNDECIDED and p_value < statistics.sign_flip_floor(num_runs):
         notes.append("p is below the floor of an exact sign-flip test")
-    if len(found) > 1:
+    if len(found) > 1 and own.contrasts:
         other = {str(d): v for d, (v, _) in verdicts.items() if v != verdict}
         row["depends_on_definition"] = bool(other)
         listed = ", ".join(f"{v} under {d}" for d, v in other.items())

@@ -140,7 +140,7 @@ class Study(Config):
     question: str
     baseline: TrialConfig
     factors: dict[str, Annotated[list[Level], Field(min_length=1)]] = Field(default_factory=dict)
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1)]
     controls: tuple[Control, ...] = ()
     views: tuple[View, ...] = ()
     claims: tuple[Claim, ...] = ()
@@ -366,7 +366,7 @@ def check_factors(study: Study) -> None:
     if "seed" in study.baseline.model_fields_set:
         raise ConfigError("baseline: seed has no place here; list the seeds under `seeds`")
     cells = _cells(study)
-    known = sorted({path for config, _ in cells for path in _paths(config)})
+    known = sorted({path for config, _ in cells for path in paths_of(config)})
     for path in study.factors:
         if not any(path in cell for _, cell in cells):
             raise ConfigError(f"factors: unknown factor {path}; {nearest(path, known)}")
@@ -378,8 +378,9 @@ def check_factors(study: Study) -> None:
             )
 
 
-def _paths(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def paths_of(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted paths of all keys of nested mappings."""
     for key, value in config.items():
         yield prefix + key
         if isinstance(value, dict):
-            yield from _paths(value, f"{prefix}{key}.")
+            yield from paths_of(value, f"{prefix}{key}.")

@@ -11,7 +11,16 @@ from ruamel.yaml.error import YAMLError
 
 from rlsparse.config import TrialConfig, models_of, tag_of
 from rlsparse.errors import ConfigError, nearest
-from rlsparse.study import Study, check_factors
+from rlsparse.study import (
+    GreaterClaim,
+    Scalar,
+    Study,
+    Trial,
+    check_factors,
+    expand,
+    paths_of,
+)
+from rlsparse.tables import DEFINITIONS, VIEWS
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
@@ -42,11 +51,72 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     try:
         study = Study.model_validate(raw)
         check_factors(study)
+        _check_claims(study)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e, document, path) for e in error.errors())) from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return study
+
+
+_RESPONSES = ("score_after", "score_gain", "identical_replicates")
+
+
+def _check_claims(study: Study) -> None:
+    """Find now what would leave a claim undecided after all training.
+
+    Raises:
+        ConfigError: a response that does not exist, or a selector that matches no planned trial.
+    """
+    trials = expand(study, fingerprint=lambda model: model.source, task_version="")
+    known = [
+        *_RESPONSES,
+        *(f"sparsity.{name}" for name in DEFINITIONS),
+        "overlap.bitwise",
+    ]
+    for claim in study.claims:
+        name, at, view = claim.response.partition("@")
+        if name not in known:
+            raise ConfigError(
+                f"claims: {claim.id}: unknown response {name}; {nearest(name, known)}"
+            )
+        if at and view not in VIEWS:
+            raise ConfigError(f"claims: {claim.id}: unknown view {view}; {nearest(view, VIEWS)}")
+        sides = [claim.a, claim.b] if isinstance(claim, GreaterClaim) else [{}]
+        for selector in ({**claim.where, **side} for side in sides):
+            for path, value in selector.items():
+                _check_selector(claim.id, path, value, trials)
+            if not any(all(_value(t, k) == v for k, v in selector.items()) for t in trials):
+                raise ConfigError(f"claims: {claim.id}: no planned trial has {selector}")
+
+
+def _check_selector(claim_id: str, path: str, value: Scalar, trials: Sequence[Trial]) -> None:
+    values = [found for trial in trials if (found := _value(trial, path)) is not _NOWHERE]
+    if not values:
+        paths = {p for t in trials for p in paths_of(t.config.model_dump(mode="json"))}
+        known = sorted({*paths, *_COLUMNS, "algorithm"})
+        raise ConfigError(f"claims: {claim_id}: unknown selector {path}; {nearest(path, known)}")
+    if value not in values:
+        there = ", ".join(sorted({str(found) for found in values}))
+        raise ConfigError(
+            f"claims: {claim_id}: no planned trial has {path} {value}; there: {there}"
+        )
+
+
+_COLUMNS = ("role", "control", "replicate")
+_NOWHERE = object()
+
+
+def _value(trial: Trial, path: str) -> Any:
+    """What a trial has at a selector's path; ``_NOWHERE`` if it has no such path."""
+    if path in _COLUMNS:
+        return getattr(trial, path)
+    node: Any = trial.config.model_dump(mode="json")
+    for part in ("algorithm.name" if path == "algorithm" else path).split("."):
+        if not isinstance(node, dict) or part not in node:
+            return _NOWHERE
+        node = node[part]
+    return node
 
 
 def _plain(node: Any) -> Any:

@@ -282,7 +282,12 @@ def read(path: Path, name: str) -> pa.Table:
         raise TableError(f"no table {name} at {path}; run the study, or `rlsparse report` on it")
     if not files:
         return SCHEMAS[name].empty_table()
-    parts = [pq.read_table(file, partitioning=None) for file in files]
+    try:
+        parts = [pq.read_table(file, partitioning=None) for file in files]
+    except (pa.ArrowException, OSError) as error:
+        raise TableError(
+            f"table {name} at {path} is damaged ({error}); delete it and run the study again"
+        ) from error
     for file, part in zip(files, parts, strict=True):
         version = (part.schema.metadata or {}).get(b"rlsparse_schema", b"none").decode()
         if version != SCHEMA_VERSION:

@@ -402,7 +402,7 @@ def test_numbers_and_p_values():
         NOTHING, "1", "0.123", "3", "x", "∞",
     ]  # fmt: skip
     assert [p_value(v) for v in (None, 0.0, 0.00011, 0.125, 1.0)] == [
-        NOTHING, "< 0.0001", "0.00011", "0.12", "1",
+        NOTHING, "< 0.0001", "0.00011", "0.125", "1",
     ]  # fmt: skip
 
 

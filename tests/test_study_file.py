@@ -172,3 +172,19 @@ def test_a_value_that_is_only_set_is_named_in_full(tmp_path):
         load(tmp_path, STUDY, "train.num_generations=3")
     with pytest.raises(ConfigError, match=r"baseline\.task\.num_terms: .*\(got 0\)"):
         load(tmp_path, STUDY, "task.num_terms=0")
+
+
+@pytest.mark.parametrize(
+    ("claim", "said"),
+    [
+        ("response: sparsity.bitwize", r"unknown response sparsity.bitwize; did you mean sparsity"),
+        ("response: sparsity.bitwise@bf61", r"unknown view bf61; did you mean bf16"),
+        ("where: {algorithmn: grpo}", r"unknown selector algorithmn; did you mean algorithm"),
+        ("where: {algorithm: ppo}", r"no planned trial has algorithm ppo; there: grpo"),
+        ("where: {control: lr_zero}", r"no planned trial has control lr_zero; there: None"),
+        ("where: {seed: 0, train.learning_rate: 1.0}", r"no planned trial has train.learning_rate"),
+    ],
+)
+def test_a_claim_that_nothing_could_decide_is_found_before_training(tmp_path, claim, said):
+    with pytest.raises(ConfigError, match=rf"why.yaml: claims: late: {said}"):
+        load(tmp_path, STUDY + f"  - {{id: late, kind: exact, {claim}}}\n")

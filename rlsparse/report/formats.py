@@ -41,10 +41,10 @@ def listed(values: list[Any]) -> str:
 
 
 def p_value(value: float | None) -> str:
-    """A p value with two significant digits, never shown as 0."""
+    """A p value with three significant digits, never shown as 0."""
     if value is None:
         return NOTHING
-    return "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+    return "< 0.0001" if value < 1e-4 else f"{value:.3g}"
 
 
 def definition(name: str) -> str:

@@ -7,8 +7,9 @@ half-way is listed and counted, never averaged.
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import pyarrow as pa
@@ -366,10 +367,15 @@ def effect_rows(tables: Tables) -> list[Row]:
     """One row per effect: the columns of the table, ``within`` parsed, its interval made readable.
 
     ``shown_scale`` is ``odds ratio``, ``ratio`` or ``difference``; ``shown``, ``shown_low`` and
-    ``shown_high`` are the estimate and its interval on it.
+    ``shown_high`` are the estimate and its interval on it. Bitwise sparsity comes first; an effect
+    within the only combination of other factors is its pooled row, and left out.
     """
+    effects = rows_of(tables, "effects")
+    contrast = itemgetter("response", "factor", "level")
+    combinations = Counter(contrast(row) for row in effects if row["within"] != "{}")
+    effects = [r for r in effects if r["within"] == "{}" or combinations[contrast(r)] > 1]
     rows = []
-    for row in rows_of(tables, "effects"):
+    for row in sorted(effects, key=lambda row: not row["response"].startswith("sparsity.bitwise")):
         name = {"log_odds": "odds ratio", "log": "ratio"}.get(row["scale"], "difference")
         back = (lambda value: value) if name == "difference" else _exp
         shown = {

@@ -63,3 +63,14 @@ def test_the_registration_is_frozen_in_the_study_file(study_run: StudyRun) -> No
     assert written["registered"]["seeds"] == [0, 1]
     assert len(written["registered_sha256"]) == 64
     assert {"torch", "trl", "ray", "mlflow"} <= written["versions"].keys()
+
+
+def test_claims_under_other_settings_are_post_hoc(study_copy: StudyRun) -> None:
+    study = study_copy.plan.study
+    assert set(aggregate.registration(study_copy.plan).values()) == {"registered"}
+    longer = study.baseline.train.model_copy(update={"num_steps": 3})
+    other = study.model_copy(
+        update={"baseline": study.baseline.model_copy(update={"train": longer})}
+    )
+    plan = make_plan(other, str(study_copy.storage))
+    assert set(aggregate.registration(plan).values()) == {"post hoc"}

@@ -153,14 +153,16 @@ def test_status_of_a_study_file_and_of_its_folder(
     text = capsys.readouterr().out
     assert text.splitlines() == [
         "study: 11/12 done, 0 running, 1 failed, 0 left",
-        f"  failed   {failed.trial_id} {failed.label} it broke",
+        f"  failed      {failed.trial_id} {failed.label} it broke",
     ]
     assert (
         rlsparse_(monkeypatch, "status", study_copy.yaml, "--storage", study_copy.storage, "--json")
         == 0
     )
     status = json.loads(capsys.readouterr().out)
-    assert status["counts"] == {"finished": 11, "running": 0, "failed": 1, "planned": 0}
+    assert status["counts"] == {
+        "finished": 11, "running": 0, "interrupted": 0, "failed": 1, "planned": 0,
+    }  # fmt: skip
     assert [row["error"] for row in status["trials"]] == ["it broke"] + [None] * 11
 
 
@@ -221,3 +223,29 @@ def test_report_builds_everything_again(study_copy: StudyRun) -> None:
     assert "report  " in result.stdout
     attempts = [study_copy.plan.ledger.get(t.trial_id).attempts for t in study_copy.plan.trials]
     assert attempts == [1] * 12
+
+
+def test_a_trial_whose_driver_is_gone_is_interrupted(
+    study_copy: StudyRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trial = study_copy.plan.trials[0]
+    study_copy.plan.ledger.start(trial.trial_id, host="h", pid=1, versions={})
+    assert rlsparse_(monkeypatch, "status", study_copy.folder) == 0
+    assert f"interrupted {trial.trial_id}" in capsys.readouterr().out
+    with study_copy.plan.storage.lock():
+        assert rlsparse_(monkeypatch, "status", study_copy.folder) == 0
+    assert f"running     {trial.trial_id}" in capsys.readouterr().out
+
+
+def test_damaged_files_are_one_line_each(
+    study_copy: StudyRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = study_copy.folder / "ledger" / f"{study_copy.plan.trials[0].trial_id}.json"
+    for file in (entry, study_copy.folder / "study.json"):
+        file.write_text(file.read_text()[:20])
+        assert rlsparse_(monkeypatch, "status", study_copy.folder) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{file.name} is damaged" in line
+        assert "run the study again" in line
+    assert rlsparse_(monkeypatch, "diff", TINY, TINY, "--json", "/proc/x.json") == 1
+    assert "cannot write /proc/x.json" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from rlsparse.config import ModelConfig
 from rlsparse.diff import base_rows, diff_checkpoints, mask_rows, measure_patch
 from rlsparse.masks import read_masks
 from rlsparse.models import TINY
-from rlsparse.patch import Patch
+from rlsparse.patch import PATCH_FILE, Patch
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +115,19 @@ def test_a_table_is_replaced_as_a_whole(study_copy: StudyRun) -> None:
     file = Path(storage.path("tables/steps.parquet"))
     assert tables.read(file, "steps").equals(rows)
     assert isinstance(rows, pa.Table)
+
+
+@pytest.mark.slow
+def test_a_damaged_patch_is_one_line_that_names_trial_and_remedy(study_copy: StudyRun) -> None:
+    trial = study_copy.plan.trials[0].trial_id
+    (study_copy.folder / "tables" / "masks.parquet" / f"{trial}.parquet").unlink()
+    patch = study_copy.folder / "trials" / trial / tables.snapshot_folder(2) / PATCH_FILE
+    content = bytearray(patch.read_bytes())
+    content[-1] ^= 1
+    patch.write_bytes(content)
+    result = study_copy.command.run("report", study_copy.folder)
+    assert result.returncode == 1
+    *_, line = result.stderr.splitlines()
+    assert line.startswith(f"rlsparse: trial {trial}: ")
+    assert "has another checksum; delete " in line
+    assert "Traceback" not in result.stderr
