@@ -118,6 +118,7 @@ class Progress:
             title=f"{finished} done, {len(self.running)} running, {self.num_failed} failed, "
             f"{self._eta()}",
             title_justify="left",
+            min_width=72,
         )
         for column in ("trial", "step", "loss", "reward", "score"):
             table.add_column(column, justify="left" if column == "trial" else "right")
