@@ -20,6 +20,7 @@ from pipelines.aggregate import SMALL_TABLES
 from pipelines.ledger import Entry
 from pipelines.plan import Plan
 from rlsparse import tables
+from rlsparse.definitions import DEFINITIONS
 from rlsparse.study import Trial
 from rlsparse.tables import SUMMARY
 
@@ -184,13 +185,13 @@ class Tracker:
 
 def sparsity(deltas: pa.Table, view: str) -> dict[tuple[int, str], float]:
     """(step, definition) -> fraction unchanged, of one trial in one view."""
-    names = [f"num_changed_{definition}" for definition in tables.DEFINITIONS]
+    names = [f"num_changed_{definition}" for definition in DEFINITIONS]
     ours = deltas.to_pandas().query("view == @view").groupby("step_after")
     sums = ours[["num_elements", *names]].sum()
     return {
         (int(step), definition): 1 - float(row[f"num_changed_{definition}"] / row["num_elements"])
         for step, row in sums.iterrows()
-        for definition in tables.DEFINITIONS
+        for definition in DEFINITIONS
     }
 
 

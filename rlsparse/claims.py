@@ -27,6 +27,7 @@ from scipy import special
 
 from rlsparse import statistics, tables
 from rlsparse.config import canonical_json
+from rlsparse.definitions import DEFINITIONS
 from rlsparse.evidence import (
     IDENTICAL,
     Evidence,
@@ -139,7 +140,7 @@ def _judge_exact(seen: Observations, claim: ExactClaim) -> dict[str, object]:
     response, selected = seen.parse(claim), seen.selected(claim)
     finished = list(selected.loc[selected["status"] == "finished", "trial_id"])
     several = response.kind == "sparsity"
-    definitions = dict.fromkeys([response.definition, *(tables.DEFINITIONS if several else ())])
+    definitions = dict.fromkeys([response.definition, *(DEFINITIONS if several else ())])
     values = {
         d: [_value(seen, claim, response._replace(definition=d), trial) for trial in finished]
         for d in definitions
@@ -236,7 +237,7 @@ def _by_definition(seen: Observations, claim: Claim) -> dict[str | None, Evidenc
     reason = misfit(claim, response)
     if reason:
         return {response.definition: Evidence([], reason)}
-    others = tables.DEFINITIONS if response.kind == "sparsity" else ()
+    others = DEFINITIONS if response.kind == "sparsity" else ()
     definitions = dict.fromkeys([response.definition, *others])
     return {d: evidence(seen, claim, response._replace(definition=d)) for d in definitions}
 

@@ -13,20 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from rlsparse.checkpoint import (
-    Bits,
-    Checkpoint,
-    Chunk,
-    TensorInfo,
-    chunks,
-    fingerprint,
-    layer_and_module,
-)
+from rlsparse.checkpoint import Checkpoint, Chunk, chunks, fingerprint
+from rlsparse.definitions import DEFINITIONS, VIEWS
 from rlsparse.errors import CheckpointError
 from rlsparse.kernels import FLOATS, ChunkCounts, cast_bits, magnitude_histogram, measure
 from rlsparse.masks import MaskFile
+from rlsparse.names import layer_and_module
 from rlsparse.patch import Patch, check_base, reconstruct
-from rlsparse.tables import DEFINITIONS, VIEWS
+from rlsparse.tensor_file import Bits, TensorInfo
 
 Row = dict[str, Any]
 
@@ -78,7 +72,7 @@ def measure_patch(
         base_fingerprint: ``checkpoint.fingerprint`` of ``base``, computed once by the caller.
         trial_id: for the rows.
         step: of the snapshot; ``step_before`` is 0.
-        views: number formats of ``tables.VIEWS`` in which both sides are compared.
+        views: number formats of ``definitions.VIEWS`` in which both sides are compared.
         kind: of the masks: final or snapshot.
 
     Raises:

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from rlsparse import tables
 from rlsparse.config import canonical_json
+from rlsparse.definitions import DEFINITIONS
 from rlsparse.errors import TableError
 from rlsparse.statistics import (
     CI_LEVEL,
@@ -56,7 +57,7 @@ def responses(
     """
     about = trials.select(["trial_id", "num_steps", "score_before", "num_eval_problems"])
     runs = about.to_pandas().set_index("trial_id")
-    counts = [f"num_changed_{name}" for name in tables.DEFINITIONS]
+    counts = [f"num_changed_{name}" for name in DEFINITIONS]
     keys = ["trial_id", "view", "step_after"]
     sums = (
         tensor_deltas.group_by(keys, use_threads=False)
@@ -64,7 +65,7 @@ def responses(
         .to_pandas()
     )
     parts = []
-    for definition, count in zip(tables.DEFINITIONS, counts, strict=True):
+    for definition, count in zip(DEFINITIONS, counts, strict=True):
         part = sums[["trial_id"]].assign(
             response=f"sparsity.{definition}@" + sums["view"],
             step=sums["step_after"],

@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from rlsparse import effects, tables
+from rlsparse import effects
 from rlsparse.config import canonical_json
+from rlsparse.definitions import DEFINITIONS
 from rlsparse.effects import Pair
 from rlsparse.statistics import Floats, jackknife, odds_unchanged, t_interval
 from rlsparse.study import (
@@ -147,11 +148,11 @@ def misfit(claim: Claim, response: Response) -> str:
         kinds = ("sparsity",)
     elif isinstance(claim, AboveNullClaim):
         kinds = ("overlap",)
-    known = {"sparsity": tables.DEFINITIONS, "overlap": ("bitwise",)}.get(response.kind, (None,))
+    known = {"sparsity": DEFINITIONS, "overlap": ("bitwise",)}.get(response.kind, (None,))
     if response.kind not in kinds or response.definition not in known:
         return (
             f"a claim of kind {claim.kind} cannot be about {claim.response}: it takes "
-            f"{', '.join(kinds)}; sparsity under {', '.join(tables.DEFINITIONS)}, overlap under "
+            f"{', '.join(kinds)}; sparsity under {', '.join(DEFINITIONS)}, overlap under "
             "bitwise"
         )
     score = claim.at.score if claim.at else None

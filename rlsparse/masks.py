@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlsparse.checkpoint import TensorInfo, atomic_write, header_bytes, read_header
 from rlsparse.errors import CheckpointError
 from rlsparse.kernels import popcount
+from rlsparse.tensor_file import TensorInfo, atomic_write, header_bytes, read_header
 
 Packed = NDArray[np.uint8]
 

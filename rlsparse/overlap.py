@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rlsparse import tables
+from rlsparse.definitions import NUM_MAGNITUDE_BINS
 from rlsparse.errors import TableError
 from rlsparse.kernels import popcount_and
 
@@ -225,7 +226,7 @@ _Strata = dict[str, dict[str, tuple[int, Counts]]]
 def _strata(rows: pa.Table, count: str, histogram: str) -> _Strata:
     """Sum the counts of ``rows`` over the chunks of each tensor."""
     bins = pc.list_flatten(rows[histogram]).to_numpy()
-    bins = bins.reshape(rows.num_rows, tables.NUM_MAGNITUDE_BINS)
+    bins = bins.reshape(rows.num_rows, NUM_MAGNITUDE_BINS)
     columns = (rows[name].to_pylist() for name in ("module", "tensor", count))
     strata: _Strata = {}
     for module, tensor, number, row in zip(*columns, bins, strict=True):
@@ -255,7 +256,7 @@ def _pairs(
 ) -> pd.DataFrame:
     """Rows of one view and module: every pair a < b of ``runs``; ``changed`` is per run."""
     tensors = sorted(sizes)
-    none = (0, np.zeros(tables.NUM_MAGNITUDE_BINS, np.int64))
+    none = (0, np.zeros(NUM_MAGNITUDE_BINS, np.int64))
     found = [[run.get(module, {}).get(tensor, none) for tensor in tensors] for run in changed]
     num_changed = np.array([[number for number, _ in row] for row in found])
     by_tensor = _expected(num_changed, np.array([sizes[t][0] for t in tensors]), module)

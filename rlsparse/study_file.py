@@ -10,6 +10,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from rlsparse.config import TrialConfig, models_of, tag_of
+from rlsparse.definitions import DEFINITIONS, VIEWS
 from rlsparse.errors import ConfigError, nearest
 from rlsparse.study import (
     GreaterClaim,
@@ -20,7 +21,6 @@ from rlsparse.study import (
     expand,
     paths_of,
 )
-from rlsparse.tables import DEFINITIONS, VIEWS
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:

@@ -11,38 +11,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rlsparse.definitions import DEFINITIONS
 from rlsparse.errors import TableError
 
 SCHEMA_VERSION = "1"
-
-ABS_TOLERANCES: tuple[str, ...] = ("1e-08", "1e-07", "1e-06", "1e-05", "1e-04")
-REL_TOLERANCE = "1e-03"
-DEFINITIONS: tuple[str, ...] = (
-    "bitwise",
-    *(f"abs_{tau}" for tau in ABS_TOLERANCES),
-    f"rel_{REL_TOLERANCE}",
-)
-"""The definitions of *unchanged*, the primary one first."""
-
-VIEWS: tuple[str, ...] = ("stored", "fp32", "bf16", "fp16", "fp8_e4m3")
-
-MODULES: tuple[str, ...] = (
-    "q", "k", "v", "o", "qkv", "gate", "up", "gate_up", "down",
-    "router", "norm", "embed", "head", "bias", "other",
-)  # fmt: skip
-
-ULP_BINS: tuple[str, ...] = (
-    "1", "2", "3-4", "5-8", "9-16", "17-32", "33-64", "65-128", "129-256", ">256",
-)  # fmt: skip
-"""Labels of ``ulp_histogram``: distance of a changed weight in representable values."""
-
-MIN_EXPONENT, MAX_EXPONENT = -40, 15
-NUM_EXPONENTS = MAX_EXPONENT - MIN_EXPONENT + 1
-NUM_MAGNITUDE_BINS = 1 + 2 * NUM_EXPONENTS
-"""Length of ``magnitude_histogram``: bin 0 counts zeros; bin ``1 + (e - MIN_EXPONENT)`` weights
-with 2^e < |w| < 2^(e+1); bin ``1 + NUM_EXPONENTS + (e - MIN_EXPONENT)`` those with |w| = 2^e
-exactly (their rounding gap downwards is half as wide). Exponents are clipped to the range;
-non-finite weights are in no bin."""
 
 EVER_CHANGED = "ever_changed.mask.safetensors"
 """File of a trial: every weight that differed from the base after any step."""

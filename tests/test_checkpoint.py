@@ -13,16 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import Tensor
 
-from rlsparse.checkpoint import (
-    Checkpoint,
-    atomic_write,
-    chunks,
-    fingerprint,
-    layer_and_module,
-    save_checkpoint,
-)
+from rlsparse.checkpoint import Checkpoint, chunks, fingerprint
+from rlsparse.definitions import MODULES
 from rlsparse.errors import CheckpointError
-from rlsparse.tables import MODULES
+from rlsparse.names import layer_and_module
+from rlsparse.tensor_file import atomic_write, save_checkpoint
 
 EXOTIC = {
     "scalar": Tensor("fp32", (), np.array([7], "<u4")),

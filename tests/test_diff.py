@@ -9,6 +9,7 @@ from planted import FLOATS, Tensor
 
 from rlsparse import checkpoint, diff, tables
 from rlsparse.checkpoint import Checkpoint, fingerprint
+from rlsparse.definitions import DEFINITIONS, NUM_EXPONENTS
 from rlsparse.errors import CheckpointError, PatchError
 from rlsparse.masks import read_masks, write_masks
 from rlsparse.patch import Patch, TensorPair, write_patch
@@ -27,7 +28,7 @@ def naive_changed(before: Tensor, after: Tensor) -> dict[str, np.ndarray]:
     a, b = weights(before), weights(after)
     delta = np.abs(b - a)
     changed = {"bitwise": before.bits != after.bits}
-    for name in tables.DEFINITIONS[1:]:
+    for name in DEFINITIONS[1:]:
         kind, tolerance = name.split("_")
         scale = np.maximum(np.abs(a), np.abs(b)) if kind == "rel" else 1
         changed[name] = delta > float(tolerance) * scale
@@ -82,7 +83,7 @@ def test_diff_agrees_with_a_naive_script(tmp_path, small_chunks, dtype):
         for name, tensor in pair.tensors_before.items()
     }
     assert changed[QUERY]["bitwise"].tolist() == pair.changed[QUERY].tolist()
-    for definition in tables.DEFINITIONS:
+    for definition in DEFINITIONS:
         count = sum(int(of[definition].sum()) for of in changed.values())
         assert found["sparsity"][definition] == 1 - count / total
     assert [tensor["name"] for tensor in found["tensors"]] == sorted(planted.LLAMA_SHAPES)
@@ -90,7 +91,7 @@ def test_diff_agrees_with_a_naive_script(tmp_path, small_chunks, dtype):
     assert query == {
         "name": QUERY, "layer": 0, "module": "q", "shape": [16, 16], "dtype_before": dtype,
         "dtype_after": dtype, "num_elements": 256,
-        "sparsity": {d: 1 - int(changed[QUERY][d].sum()) / 256 for d in tables.DEFINITIONS},
+        "sparsity": {d: 1 - int(changed[QUERY][d].sum()) / 256 for d in DEFINITIONS},
     }  # fmt: skip
     assert set(found) == {
         "before", "after", "num_elements", "accounting", "sparsity", "tensors",
@@ -265,7 +266,7 @@ def test_views_cast_both_sides(tmp_path):
         before, after = pair.tensors_before[row["tensor"]], pair.tensors_after[row["tensor"]]
         dtype = "fp32" if row["view"] == "stored" else row["view"]
         changed = naive_changed(cast(before, dtype), cast(after, dtype))
-        for definition in tables.DEFINITIONS:
+        for definition in DEFINITIONS:
             assert row[f"num_changed_{definition}"] == changed[definition].sum()
     stored, same = deltas[:2]
     assert {**stored, "view": "fp32"} == same
@@ -283,7 +284,7 @@ def test_magnitudes_of_a_view_are_those_of_the_stored_base(tmp_path):
         moved = np.abs(before[bits[: before.size].astype(bool)])
         exact = int((np.frexp(moved)[0] == 0.5).sum())
         histogram = np.array(row["magnitude_histogram_changed"])
-        assert histogram[1 + tables.NUM_EXPONENTS :].sum() == exact
+        assert histogram[1 + NUM_EXPONENTS :].sum() == exact
         assert (histogram <= base[row["tensor"]]["magnitude_histogram"]).all()
         some += int(histogram.sum())
     assert some > 0

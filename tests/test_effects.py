@@ -10,6 +10,7 @@ import pytest
 
 from rlsparse import effects, tables
 from rlsparse.config import ModelConfig, canonical_json
+from rlsparse.definitions import DEFINITIONS
 from rlsparse.effects import Pair
 from rlsparse.study import At, Study, Trial, expand
 
@@ -77,7 +78,7 @@ def make_tables(
                 for chunk in (0, 1):
                     delta = {"trial_id": trial.trial_id, "step_after": step, "view": "stored"}
                     delta |= {"chunk": chunk, "num_elements": N // 2}
-                    for name in tables.DEFINITIONS:
+                    for name in DEFINITIONS:
                         changed = round(density(trial) * by_definition(trial, name) * share * N)
                         part = changed // 3 if chunk else changed - changed // 3
                         delta[f"num_changed_{name}"] = part
@@ -124,7 +125,7 @@ def test_responses_by_hand() -> None:
     ]
     gain = frame[frame["response"] == "score_gain"]
     assert gain["value"].tolist() == [0, 0.25, 0.5]
-    names = {f"sparsity.{name}@stored" for name in tables.DEFINITIONS}
+    names = {f"sparsity.{name}@stored" for name in DEFINITIONS}
     assert set(frame["response"]) == names | {"score_after", "score_gain"}
     np.testing.assert_allclose(
         effects.scaled(pd.concat([ours, scores, gain]))[[1, 4, 7]],

@@ -10,6 +10,14 @@ from hypothesis import strategies as st
 from planted import FLOATS, unsigned
 
 from rlsparse import kernels, tables
+from rlsparse.definitions import (
+    DEFINITIONS,
+    MAX_EXPONENT,
+    MIN_EXPONENT,
+    NUM_EXPONENTS,
+    NUM_MAGNITUDE_BINS,
+    ULP_BINS,
+)
 from rlsparse.errors import CheckpointError
 
 WIDTH = {dtype: 8 * unsigned(dtype).itemsize for dtype in FLOATS}
@@ -32,22 +40,22 @@ def naive_magnitude_bin(weight: float) -> int:
         return 0
     place = bisect.bisect_right(POWERS, abs(weight)) - 1
     exponent, exact = place - 1074, POWERS[place] == abs(weight)
-    clipped = min(max(exponent, tables.MIN_EXPONENT), tables.MAX_EXPONENT)
-    return 1 + exact * tables.NUM_EXPONENTS + clipped - tables.MIN_EXPONENT
+    clipped = min(max(exponent, MIN_EXPONENT), MAX_EXPONENT)
+    return 1 + exact * NUM_EXPONENTS + clipped - MIN_EXPONENT
 
 
 def naive_ulp_bin(distance: int) -> int:
-    for index, label in enumerate(tables.ULP_BINS[:-1]):
+    for index, label in enumerate(ULP_BINS[:-1]):
         if distance <= int(label.split("-")[-1]):
             return index
-    return len(tables.ULP_BINS) - 1
+    return len(ULP_BINS) - 1
 
 
 def naive(before: list[int], after: list[int], dtype: str) -> kernels.ChunkCounts:
     """One weight at a time, in Python floats (float64)."""
-    changed = dict.fromkeys(tables.DEFINITIONS, 0)
-    ulps = [0] * len(tables.ULP_BINS)
-    magnitudes = [0] * tables.NUM_MAGNITUDE_BINS
+    changed = dict.fromkeys(DEFINITIONS, 0)
+    ulps = [0] * len(ULP_BINS)
+    magnitudes = [0] * NUM_MAGNITUDE_BINS
     deltas, flips, nonfinite, mask = [], 0, 0, 0
     for position, (x, y) in enumerate(zip(before, after, strict=True)):
         a, b = value(x, dtype), value(y, dtype)
@@ -56,7 +64,7 @@ def naive(before: list[int], after: list[int], dtype: str) -> kernels.ChunkCount
         mask |= (x != y) << position
         if x != y and math.isfinite(a):
             magnitudes[naive_magnitude_bin(a)] += 1
-        for name in tables.DEFINITIONS:
+        for name in DEFINITIONS:
             kind, _, tolerance = name.partition("_")
             if kind == "bitwise" or not finite:
                 changed[name] += x != y
@@ -138,7 +146,7 @@ def test_definitions_on_known_pairs():
         sides = (np.array([x], np.float32).view(np.uint32) for x in (before, after))
         return kernels.measure(*sides, "fp32").num_changed
 
-    assert one(0.0, -0.0) == {d: int(d == "bitwise") for d in tables.DEFINITIONS}
+    assert one(0.0, -0.0) == {d: int(d == "bitwise") for d in DEFINITIONS}
     assert set(one(math.nan, 0.0).values()) == {1}
     assert set(one(math.nan, math.nan).values()) == {0}
     assert set(one(math.inf, -math.inf).values()) == {1}
@@ -182,7 +190,7 @@ def test_magnitude_histogram(dtype):
     if dtype == "fp64":
         bits = [b for b in bits if not abs(value(b, dtype)) > 1e100]
     finite = [v for v in (value(b, dtype) for b in bits) if math.isfinite(v)]
-    expected = [0] * tables.NUM_MAGNITUDE_BINS
+    expected = [0] * NUM_MAGNITUDE_BINS
     for weight in finite:
         expected[naive_magnitude_bin(weight)] += 1
     histogram, sum_sq = kernels.magnitude_histogram(np.array(bits, unsigned(dtype)), dtype)
@@ -192,7 +200,7 @@ def test_magnitude_histogram(dtype):
 
 def test_magnitude_histogram_of_integers_is_empty():
     histogram, sum_sq = kernels.magnitude_histogram(np.ones(3, np.uint8), "u8")
-    assert (histogram.sum(), sum_sq, histogram.size) == (0, 0.0, tables.NUM_MAGNITUDE_BINS)
+    assert (histogram.sum(), sum_sq, histogram.size) == (0, 0.0, NUM_MAGNITUDE_BINS)
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint64])

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from rlsparse import overlap, tables
+from rlsparse.definitions import NUM_MAGNITUDE_BINS
 from rlsparse.errors import TableError
 
 CHUNK = 192
@@ -23,7 +24,7 @@ def base_bins(seed: int = 0, low: int = 30, high: int = 34) -> dict[str, np.ndar
 
 
 def histogram(bins: np.ndarray) -> list[int]:
-    return np.bincount(bins[bins >= 0], minlength=tables.NUM_MAGNITUDE_BINS).tolist()
+    return np.bincount(bins[bins >= 0], minlength=NUM_MAGNITUDE_BINS).tolist()
 
 
 def build(masks: Masks, bins: dict[str, np.ndarray]) -> tuple[pa.Table, pa.Table, pa.Table]:

@@ -15,6 +15,7 @@ from matplotlib import _pylab_helpers
 from playwright.sync_api import Page, sync_playwright
 
 from rlsparse import tables
+from rlsparse.definitions import DEFINITIONS
 from rlsparse.report import build_report, claim_rows, summary_rows
 from rlsparse.report.formats import NOTHING, number, p_value, percent
 from rlsparse.report.rows import cell_rows, effect_rows, overlap_pairs, overlap_rows, trial_rows
@@ -94,8 +95,7 @@ def delta_rows(trials):
                 share = density(row) * (step / 150) ** 0.5 * draw.uniform(0.8, 1.2)
                 changed = int(SIZE * share * {"norm": 0, "embed": 0.2}.get(module, 1))
                 counts = {
-                    f"num_changed_{d}": int(changed * 0.7**i)
-                    for i, d in enumerate(tables.DEFINITIONS)
+                    f"num_changed_{d}": int(changed * 0.7**i) for i, d in enumerate(DEFINITIONS)
                 }
                 place = {"tensor": tensor, "layer": layer, "module": module, "dtype": "bf16"}
                 place |= {"chunk": 0, "start": 0, "num_elements": SIZE, "view": "stored"}

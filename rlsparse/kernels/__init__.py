@@ -11,15 +11,15 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from rlsparse.checkpoint import Bits, bits_dtype
-from rlsparse.errors import CheckpointError
-from rlsparse.tables import (
+from rlsparse.definitions import (
     ABS_TOLERANCES,
     DEFINITIONS,
     NUM_MAGNITUDE_BINS,
     REL_TOLERANCE,
     ULP_BINS,
 )
+from rlsparse.errors import CheckpointError
+from rlsparse.tensor_file import Bits, bits_dtype
 
 FLOATS: dict[str, np.dtype[Any]] = {
     "fp64": np.dtype(np.float64),
@@ -48,7 +48,7 @@ class ChunkCounts:
 
     Attributes:
         num_elements: pairs compared.
-        num_changed: definition of ``tables.DEFINITIONS`` -> changed pairs.
+        num_changed: definition of ``definitions.DEFINITIONS`` -> changed pairs.
         ulp_histogram: changed finite pairs by distance in representable values (``ULP_BINS``).
         magnitude_histogram_changed: bitwise changed pairs by |before| (``tables``); pairs whose
             before is not finite are in no bin.
@@ -134,7 +134,7 @@ def measure(before_bits: Bits, after_bits: Bits, dtype: str) -> ChunkCounts:
 
 
 def magnitude_histogram(bits: Bits, dtype: str) -> tuple[NDArray[np.int64], float]:
-    """Weights by power of two, as ``tables.NUM_MAGNITUDE_BINS`` says, and the sum of squares.
+    """Weights by power of two, as ``definitions.NUM_MAGNITUDE_BINS`` says, and the sum of squares.
 
     Non-finite weights are in neither; formats without values give zeros.
 

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from rlsparse.tables import MAX_EXPONENT, MIN_EXPONENT, NUM_EXPONENTS
+from rlsparse.definitions import MAX_EXPONENT, MIN_EXPONENT, NUM_EXPONENTS
 
 _BLOCK = 4096  # words of each mask per pass: a pair of blocks stays in the L2 cache
 _ONE = np.uint64(1)
@@ -58,7 +58,7 @@ def scan(before: Any, after: Any, abs_mask: Any, first_nonfinite: Any) -> Any:
 
 @_compiled
 def _magnitude_bin(value: float) -> int:
-    """Bin of a finite value in the magnitude histogram (tables.NUM_MAGNITUDE_BINS)."""
+    """Bin of a finite value in the magnitude histogram (definitions.NUM_MAGNITUDE_BINS)."""
     if value == 0.0:
         return 0
     mantissa, exponent = math.frexp(abs(value))  # value = mantissa * 2^exponent, mantissa >= 1/2
@@ -68,7 +68,7 @@ def _magnitude_bin(value: float) -> int:
 
 @_compiled
 def _ulp_bin(before: Any, after: Any, sign: Any) -> int:
-    """Bin of the distance between two codes that ascend with the value (tables.ULP_BINS)."""
+    """Bin of the distance between two codes that ascend with the value (definitions.ULP_BINS)."""
     low = ~before & (sign | (sign - _ONE)) if before & sign else before | sign
     high = ~after & (sign | (sign - _ONE)) if after & sign else after | sign
     rest = (high - low if high > low else low - high) - _ONE

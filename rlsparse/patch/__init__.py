@@ -25,25 +25,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rlsparse.checkpoint import (
-    ITEMSIZE,
-    Bits,
-    Checkpoint,
-    Chunk,
-    TensorInfo,
-    atomic_write,
-    bits_dtype,
-    chunks,
-    fingerprint,
-    header_bytes,
-    read_header,
-    save_checkpoint,
-)
+from rlsparse.checkpoint import Checkpoint, Chunk, chunks, fingerprint
 from rlsparse.errors import CheckpointError, PatchError
 from rlsparse.kernels import FLOATS, cast_bits
 from rlsparse.patch.bitmap import Bitmap
 from rlsparse.patch.codec import Codec
 from rlsparse.patch.indices import Indices
+from rlsparse.tensor_file import (
+    ITEMSIZE,
+    Bits,
+    TensorInfo,
+    atomic_write,
+    bits_dtype,
+    header_bytes,
+    read_header,
+    save_checkpoint,
+)
 
 FORMAT_VERSION = "1"
 METADATA_KEY = "rlsparse_patch"

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlsparse.checkpoint import Bits
 from rlsparse.errors import PatchError
 from rlsparse.patch.codec import Layout, Read
+from rlsparse.tensor_file import Bits
 
 _BLOCK = 2**16
 

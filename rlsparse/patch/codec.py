@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rlsparse.checkpoint import Bits
+from rlsparse.tensor_file import Bits
 
 Read = Callable[[str, int, int], NDArray[Any]]
 """(array, start, stop) -> elements [start, stop) of one of the codec's arrays."""

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlsparse.checkpoint import Bits
 from rlsparse.errors import PatchError
 from rlsparse.patch.codec import Layout, Read
+from rlsparse.tensor_file import Bits
 
 
 class Indices:

@@ -16,6 +16,7 @@ import jinja2
 import pyarrow as pa
 from markupsafe import Markup
 
+from rlsparse.definitions import DEFINITIONS
 from rlsparse.report import formats, plots
 from rlsparse.report.rows import (
     NULLS,
@@ -31,7 +32,6 @@ from rlsparse.report.rows import (
     trial_rows,
 )
 from rlsparse.study import Study
-from rlsparse.tables import DEFINITIONS
 
 __all__ = ["build_report", "claim_rows", "summary_rows"]
 

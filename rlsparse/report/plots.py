@@ -21,9 +21,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from rlsparse.definitions import DEFINITIONS
 from rlsparse.report.formats import definition, percent
 from rlsparse.report.rows import NULLS, Row, in_order
-from rlsparse.tables import DEFINITIONS
 
 WIDTH = 360
 """Width of a figure in CSS pixels (one SVG unit each)."""

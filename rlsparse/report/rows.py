@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rlsparse.definitions import DEFINITIONS, MODULES
 from rlsparse.study import Study
-from rlsparse.tables import DEFINITIONS, MODULES
 
 Row = dict[str, Any]
 Tables = Mapping[str, pa.Table]
@@ -229,7 +229,7 @@ def density_map(study: Study, tables: Tables, trials: Sequence[Row]) -> list[Row
 
 
 def in_order(modules: Collection[str]) -> list[str]:
-    """Module names in the order of ``rlsparse.tables.MODULES``, unknown ones last."""
+    """Module names in the order of ``definitions.MODULES``, unknown ones last."""
     return [*(m for m in MODULES if m in modules), *sorted(set(modules) - set(MODULES))]
 
 

@@ -11,10 +11,11 @@ import pytest
 from command import Command, StudyRun
 
 from rlsparse import tables
+from rlsparse.definitions import DEFINITIONS
 from rlsparse.models import TINY
 
 PATCH = "weights.patch.safetensors"
-CHANGED = [f"num_changed_{definition}" for definition in tables.DEFINITIONS]
+CHANGED = [f"num_changed_{definition}" for definition in DEFINITIONS]
 
 
 def bits_of(file: Path) -> dict[str, np.ndarray]:
