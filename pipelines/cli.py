@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.diff_command import diff
 from rlsparse.errors import ConfigError, RlsparseError
 
 if TYPE_CHECKING:
@@ -150,27 +151,7 @@ def report(
         _write(json_path, plan.storage.read_bytes("report/report.json").decode())
 
 
-@app.command()
-def diff(
-    before: Annotated[Path, typer.Argument(metavar="BEFORE", show_default=False)],
-    after: Annotated[Path, typer.Argument(metavar="AFTER", show_default=False)],
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Write the result here; - is standard output.")
-    ] = None,
-    cast: Annotated[
-        str | None, typer.Option(help="Compare in this number format, such as bf16.")
-    ] = None,
-) -> None:
-    """Say what changed between two checkpoints (folders or files of safetensors)."""
-    from rlsparse.diff import diff_checkpoints
-
-    result = diff_checkpoints(before, after, cast=cast).to_json()
-    if json_path == Path("-"):
-        print(json.dumps(result))
-        return
-    if json_path is not None:
-        _write(json_path, json.dumps(result) + "\n")
-    _print_diff(result)
+app.command()(diff)
 
 
 @app.command("make-base")
@@ -267,8 +248,8 @@ def _print_dry_run(plan: "Plan") -> None:
 
 def _print_results(plan: "Plan", tables: "dict[str, pa.Table]") -> None:
     from pipelines.tracking import tracking_uri
-    from rlsparse.report import claim_rows, summary_rows
     from rlsparse.report.formats import percent
+    from rlsparse.report.study_page import claim_rows, summary_rows
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     runs = Table(title=plan.study.question, title_justify="left")
@@ -321,27 +302,6 @@ def _print_results(plan: "Plan", tables: "dict[str, pa.Table]") -> None:
 def _relative(path: str) -> str:
     """The path as seen from here, if that is shorter to read."""
     return path if "://" in path else min(path, os.path.relpath(path), key=len)
-
-
-def _print_diff(result: dict[str, Any]) -> None:
-    from rlsparse.report.formats import percent
-
-    accounting = result["accounting"]
-    print(f"{result['num_elements']:,} weights compared")
-    for key in ("tied_before", "removed", "added", "reshaped_before", "reshaped_after"):
-        if accounting[key]:
-            print(f"  {key.replace('_', ' ')}: {accounting[key]:,}")
-    for definition, value in result["sparsity"].items():
-        print(f"  unchanged {definition:10} {percent(value)}")
-    table = Table()
-    for column in ("tensor", "module", "weights", "unchanged bitwise", "|d| <= 1e-5"):
-        table.add_column(column, justify="left" if column in ("tensor", "module") else "right")
-    for tensor in result["tensors"]:
-        table.add_row(
-            tensor["name"], tensor["module"], f"{tensor['num_elements']:,}",
-            percent(tensor["sparsity"]["bitwise"]), percent(tensor["sparsity"]["abs_1e-05"]),
-        )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 120).print(table, markup=False)
 
 
 def _number(value: float | None) -> str:

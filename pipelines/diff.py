@@ -17,7 +17,7 @@ from pipelines.storage import MARKER, Storage
 from rlsparse import tables
 from rlsparse.checkpoint import Checkpoint
 from rlsparse.config import ModelConfig
-from rlsparse.diff import base_rows, mask_rows, measure_patch
+from rlsparse.deltas import base_rows, mask_rows, measure_patch
 from rlsparse.errors import CheckpointError, PatchError, RlsparseError
 from rlsparse.masks import read_masks
 from rlsparse.patch import PATCH_FILE, Patch

@@ -26,7 +26,7 @@ from pipelines.progress import Progress
 from pipelines.session import RaySession
 from rlsparse.config import canonical_json
 from rlsparse.errors import ConfigError
-from rlsparse.report import build_report
+from rlsparse.report.study_page import build_report
 from rlsparse.study import Trial
 from rlsparse.tables import SCHEMA_VERSION
 

@@ -21,6 +21,10 @@ ULP_BINS: tuple[str, ...] = (
 )  # fmt: skip
 """Labels of ``ulp_histogram``: distance of a changed weight in representable values."""
 
+RANK_TOLERANCES: tuple[str, ...] = ("default", "1e-04", "1e-05", "1e-06")
+"""Shares of the largest singular value above which others count for a rank; ``default`` is that of
+``torch.linalg.matrix_rank`` in fp32, max(m, n) * eps."""
+
 MIN_EXPONENT, MAX_EXPONENT = -40, 15
 NUM_EXPONENTS = MAX_EXPONENT - MIN_EXPONENT + 1
 NUM_MAGNITUDE_BINS = 1 + 2 * NUM_EXPONENTS

@@ -1,198 +1,101 @@
-"""What changed between two checkpoints, or between a base and its patch, chunk by chunk.
+"""What changed between two checkpoints: streamed in pieces, by several threads, exactly.
 
-Streams: at most one chunk of each side is in memory. ``measure_patch`` is the serial reference of
-the distributed diff stage.
+Each thread holds one piece of either side, whatever the size of the model. ``plan_diff``,
+``measure_chunk`` and ``assemble`` are the three steps of ``diff_checkpoints``; whoever spreads the
+chunks over machines (``pipelines.diff``) uses the same three and so gets the same rows.
 """
 
+import itertools
 import math
+import os
+import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from rlsparse.checkpoint import Checkpoint, Chunk, chunks, fingerprint
-from rlsparse.definitions import DEFINITIONS, VIEWS
+from rlsparse.checkpoint import Checkpoint, Chunk, chunks
+from rlsparse.definitions import DEFINITIONS, NUM_MAGNITUDE_BINS, VIEWS
 from rlsparse.errors import CheckpointError
-from rlsparse.kernels import FLOATS, ChunkCounts, cast_bits, magnitude_histogram, measure
-from rlsparse.masks import MaskFile
+from rlsparse.kernels import ChunkCounts, magnitude_histogram, new_workspace, stripe_counts
+from rlsparse.matching import Matching, TensorPair, match_tensors
 from rlsparse.names import layer_and_module
-from rlsparse.patch import Patch, check_base, reconstruct
-from rlsparse.tensor_file import Bits, TensorInfo
+from rlsparse.tensor_file import bits_dtype
+from rlsparse.views import ViewScan, check_view
 
 Row = dict[str, Any]
+Tables = dict[str, list[Row]]
+
+PIECE_BYTES = 2**19  # of the wider side: both pieces and the scratch stay in a core's cache
+EXTRA_TABLES = ("base_tensors", "stripes", "masks")
+_MAX_THREADS = 8  # more only wait for memory or the disk
 
 
-def base_rows(base: Checkpoint, *, base_fingerprint: str | None = None) -> list[Row]:
-    """Rows of table ``base_tensors``: one per chunk, tied tensors once, in order of name.
+@dataclass(frozen=True)
+class DiffPlan:
+    """What is to be compared, and how.
 
-    Args:
-        base: the base checkpoint.
-        base_fingerprint: its fingerprint, column ``base``; computed if None.
+    Attributes:
+        before: one checkpoint.
+        after: the other.
+        matching: their corresponding tensors, and the accounting.
+        views: number formats in which they are compared, the primary one first.
+        extra_tables: of ``EXTRA_TABLES``: what to make besides ``tensor_deltas``.
     """
-    base_fingerprint = base_fingerprint or fingerprint(base)
-    rows = []
-    for info in base.counted:
-        for chunk in chunks(info.shape):
-            histogram, sum_sq = magnitude_histogram(info.read(chunk.start, chunk.stop), info.dtype)
-            rows.append(
-                {
-                    "base": base_fingerprint,
-                    **_place(info, chunk),
-                    "shape": list(info.shape),
-                    "dtype": info.dtype,
-                    "sum_sq": sum_sq,
-                    "magnitude_histogram": histogram.tolist(),
-                }
-            )
-    return rows
+
+    before: Checkpoint
+    after: Checkpoint
+    matching: Matching
+    views: tuple[str, ...]
+    extra_tables: frozenset[str]
+
+    def jobs(self) -> Iterator["Job"]:
+        """All chunks to compare, in the order of the rows."""
+        for pair in self.matching.pairs:
+            for chunk in chunks(pair.shape):
+                yield Job(pair, chunk, self.views, self.extra_tables)
 
 
-def measure_patch(
-    base: Checkpoint,
-    patch: Patch,
-    *,
-    base_fingerprint: str,
-    trial_id: str,
-    step: int,
-    views: Sequence[str],
-    kind: str,
-) -> tuple[list[Row], list[Row]]:
-    """Rows of ``tensor_deltas`` and of ``masks`` of one snapshot, for every tensor of the base.
+class Job(NamedTuple):
+    """One chunk of one pair of tensors; pickles, and holds no weights."""
 
-    One row of each per view and chunk, tensors in order of name, tied ones once. ``dtype`` is the
-    stored format of the patch. ``magnitude_histogram_changed`` bins the base *as stored*, under
-    every view, so that it divides by ``magnitude_histogram`` of ``base_tensors``.
+    pair: TensorPair
+    chunk: Chunk
+    views: tuple[str, ...]
+    extra_tables: frozenset[str]
 
-    Args:
-        base: the base checkpoint.
-        patch: of the snapshot; its results are checked against their checksums.
-        base_fingerprint: ``checkpoint.fingerprint`` of ``base``, computed once by the caller.
-        trial_id: for the rows.
-        step: of the snapshot; ``step_before`` is 0.
-        views: number formats of ``definitions.VIEWS`` in which both sides are compared.
-        kind: of the masks: final or snapshot.
-
-    Raises:
-        PatchError: the patch is damaged or belongs to another base.
-        CheckpointError: unknown view.
-    """
-    for view in views:
-        _check_view(view, VIEWS)
-    check_base(base, patch, base_fingerprint)
-    deltas: list[Row] = []
-    masks: list[Row] = []
-    for info in base.counted:
-        dtype = patch.tensors[info.name].dtype if info.name in patch.tensors else info.dtype
-        for chunk, before, after in reconstruct(base, patch, info.name):
-            place = _place(info, chunk)
-            for view in views:
-                counts = _measure_view(before, after, dtype, dtype, view)
-                if dtype != info.dtype:
-                    stored = info.read(chunk.start, chunk.stop)
-                    counts = _binned_by(counts, stored, info.dtype)
-                row = {"trial_id": trial_id, "view": view, **place}
-                delta = {"step_before": 0, "step_after": step, "dtype": dtype, **counts.columns()}
-                deltas.append(row | delta)
-                masks.append(row | {"step": step, "kind": kind, "mask": counts.mask})
-    return deltas, masks
-
-
-def mask_rows(
-    base: Checkpoint, mask_file: MaskFile, *, trial_id: str, step: int, kind: str
-) -> list[Row]:
-    """Rows of ``masks`` from a mask file, in the stored view; chunked as ``measure_patch`` does.
-
-    Args:
-        base: the base checkpoint; a tensor that the file lacks has no rows.
-        mask_file: masks over its weights.
-        trial_id: for the rows.
-        step: last step that the masks cover.
-        kind: of the masks, such as ever_changed.
-
-    Raises:
-        CheckpointError: a mask has another shape than its tensor, or is damaged.
-    """
-    rows: list[Row] = []
-    for info in base.counted:
-        if info.name not in mask_file.shapes:
-            continue
-        if mask_file.shapes[info.name] != info.shape:
-            raise CheckpointError(
-                f"{info.name} is {list(info.shape)} in {base.path}, its mask in {mask_file.path} "
-                f"{list(mask_file.shapes[info.name])}"
-            )
-        packed = mask_file.packed(info.name)
-        for chunk in chunks(info.shape):
-            # Chunks start at a multiple of 64 elements, so at a whole byte.
-            bits = packed[chunk.start // 8 : -(-chunk.stop // 8)]
-            row = {"trial_id": trial_id, "view": "stored", **_place(info, chunk)}
-            rows.append(row | {"step": step, "kind": kind, "mask": bits.tobytes()})
-    return rows
-
-
-def _place(info: TensorInfo, chunk: Chunk) -> Row:
-    layer, module = layer_and_module(info.name, info.shape)
-    return {
-        "tensor": info.name,
-        "layer": layer,
-        "module": module,
-        "chunk": chunk.index,
-        "start": chunk.start,
-        "num_elements": chunk.num_elements,
-    }
-
-
-def _measure_view(
-    before: Bits, after: Bits, dtype_before: str, dtype_after: str, view: str
-) -> ChunkCounts:
-    """Compare in a view; tensors without values (integers) are compared as stored."""
-    if view == "stored" or (dtype_before == dtype_after and dtype_before not in FLOATS):
-        return measure(before, after, dtype_before)
-    counts = measure(
-        cast_bits(before, dtype_before, view), cast_bits(after, dtype_after, view), view
-    )
-    return _binned_by(counts, before, dtype_before)
-
-
-def _binned_by(counts: ChunkCounts, before: Bits, dtype: str) -> ChunkCounts:
-    """``counts`` with the changed weights binned by the magnitude of ``before``."""
-    mask = np.frombuffer(counts.mask, np.uint8)
-    changed = np.unpackbits(mask, count=before.size, bitorder="little").view(np.bool_)
-    histogram, _ = magnitude_histogram(before[changed], dtype)
-    return replace(counts, magnitude_histogram_changed=histogram.tolist())
-
-
-def _check_view(view: str, allowed: Sequence[str]) -> None:
-    if view not in allowed:
-        raise CheckpointError(f"unknown number format {view!r}; choose of {', '.join(allowed)}")
-
-
-# --- two checkpoints -------------------------------------------------------------------------
+    @property
+    def size_bytes(self) -> int:
+        """Bytes to read, of both sides."""
+        item = sum(bits_dtype(side.dtype).itemsize for side in (self.pair.before, self.pair.after))
+        return item * self.chunk.num_elements
 
 
 @dataclass(frozen=True)
 class Diff:
-    """Result of ``diff_checkpoints``.
+    """What changed between two checkpoints.
 
     Attributes:
         before: path, number of tensors and of elements, and elements by format, of one side.
         after: likewise.
-        accounting: elements: ``total_before``, ``total_after``, ``compared``, ``tied_before``,
-            ``tied_after``, ``removed``, ``added``, ``reshaped_before``, ``reshaped_after``; and
-            the names of ``tied_tensors``, ``removed_tensors``, ``added_tensors``,
-            ``reshaped_tensors`` and ``resized_tensors`` (compared in their common rows).
-        tensors: per compared tensor, as in the JSON.
-        rows: per chunk, the columns of ``tensor_deltas``; trial and steps are None.
+        accounting: as in ``matching.Matching``.
+        views: number formats of the comparison, the primary one first.
+        tensors: per compared tensor, as in the JSON; in the primary view.
+        tables: name of a table -> its rows; trial and steps are None. ``tensor_deltas`` always.
+        pairs: the tensors compared.
     """
 
     before: Row
     after: Row
     accounting: Row
+    views: tuple[str, ...]
     tensors: list[Row]
-    rows: list[Row]
+    tables: Tables
+    pairs: list[TensorPair]
 
     @property
     def num_elements(self) -> int:
@@ -201,8 +104,12 @@ class Diff:
 
     @property
     def sparsity(self) -> dict[str, float]:
-        """Fraction of the compared weights that is unchanged, by definition."""
-        return _sparsity(self.rows)
+        """Fraction of the compared weights that is unchanged in the primary view."""
+        return self.sparsity_in(self.views[0])
+
+    def sparsity_in(self, view: str) -> dict[str, float]:
+        """Fraction of the compared weights that is unchanged in a view, by definition."""
+        return _sparsity(row for row in self.tables["tensor_deltas"] if row["view"] == view)
 
     def to_json(self) -> Row:
         """The content of ``rlsparse diff --json``."""
@@ -211,147 +118,248 @@ class Diff:
             "after": self.after,
             "num_elements": self.num_elements,
             "accounting": self.accounting,
+            "view": self.views[0],
             "sparsity": self.sparsity,
+            "views": {view: {"sparsity": self.sparsity_in(view)} for view in self.views},
             "tensors": self.tensors,
         }
 
 
-def diff_checkpoints(before: Path | str, after: Path | str, *, cast: str | None = None) -> Diff:
-    """Compare two checkpoints tensor by tensor.
-
-    Where only the number of rows of an embedding or output head differs (a resized vocabulary),
-    the common rows are compared and the others count as added or removed.
+def diff_checkpoints(
+    before: Path | str,
+    after: Path | str,
+    *,
+    casts: Sequence[str] = (),
+    aliases: Mapping[str, str] | None = None,
+    extra_tables: Collection[str] = (),
+    num_threads: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Diff:
+    """Compare two checkpoints, under every definition.
 
     Args:
-        before: folder or file.
-        after: folder or file.
-        cast: number format to which both sides are rounded first; needed where formats differ.
+        before: what ``Checkpoint.open`` takes: folder, file, hub id, URL.
+        after: likewise.
+        casts: number formats to which both sides are rounded first, the primary one first; needed
+            where stored formats differ, and then the view ``stored`` is reported too.
+        aliases: prefix of names after -> prefix before.
+        extra_tables: of ``EXTRA_TABLES``.
+        num_threads: None: one per core at hand, at most 8.
+        on_progress: told bytes compared and bytes in all, from this thread.
 
     Raises:
-        CheckpointError: unreadable, formats differ without ``cast``, or nothing in common.
+        CheckpointError: unreadable, formats differ without a cast, or nothing in common.
     """
-    if cast is not None:
-        _check_view(cast, VIEWS[1:])
+    plan = plan_diff(before, after, casts=casts, aliases=aliases, extra_tables=extra_tables)
+    jobs = list(plan.jobs())
+    total, done = sum(job.size_bytes for job in jobs), 0
+    parts: list[Tables] = []
+    for job, part in zip(jobs, _in_threads(jobs, num_threads), strict=True):
+        parts.append(part)
+        done += job.size_bytes
+        if on_progress is not None:
+            on_progress(done, total)
+    return assemble(plan, parts)
+
+
+# --- the three steps -------------------------------------------------------------------------
+
+
+def plan_diff(
+    before: Path | str,
+    after: Path | str,
+    *,
+    casts: Sequence[str] = (),
+    aliases: Mapping[str, str] | None = None,
+    extra_tables: Collection[str] = (),
+) -> DiffPlan:
+    """Open both checkpoints and match their tensors; reads headers only.
+
+    Raises:
+        CheckpointError: as ``diff_checkpoints``.
+    """
+    for cast in casts:
+        check_view(cast, VIEWS[1:])
+    assert set(extra_tables) <= set(EXTRA_TABLES), extra_tables
     left, right = Checkpoint.open(before), Checkpoint.open(after)
-    accounting, pairs = _match(left, right)
-    for one, other, _ in pairs:
-        if one.dtype != other.dtype and cast is None:
-            raise CheckpointError(
-                f"{one.name} is {one.dtype} in {left.path} and {other.dtype} in {right.path}; "
-                f"choose the format to compare them in: --cast {one.dtype} or --cast {other.dtype}"
-            )
-    rows: list[Row] = []
-    tensors: list[Row] = []
-    for one, other, shape in pairs:
-        of_tensor = list(_compare(one, other, shape, cast))
-        rows += of_tensor
-        layer, module = layer_and_module(one.name, shape)
+    if str(left.path) == str(right.path) or _is_same(left.path, right.path):
+        raise CheckpointError(f"both sides are the same checkpoint, {left.path}; give another one")
+    matching = match_tensors(left, right, aliases)
+    mixed = [pair for pair in matching.pairs if pair.before.dtype != pair.after.dtype]
+    if mixed and not casts:
+        pair = mixed[0]
+        one, other = pair.before.dtype, pair.after.dtype
+        choices = [f"--cast {dtype}" for dtype in (one, other) if dtype in VIEWS]
+        raise CheckpointError(
+            f"{pair.name} is {one} in {left.path} and {other} in {right.path}; choose the format "
+            f"to compare them in: {' or '.join(choices) or 'none fits'}"
+        )
+    views = (*dict.fromkeys(casts), "stored") if mixed else tuple(dict.fromkeys(casts))
+    return DiffPlan(left, right, matching, views or ("stored",), frozenset(extra_tables))
+
+
+def measure_chunk(job: Job, scratch: "Scratch") -> Tables:
+    """Rows of all tables that one chunk gives; ``stripes`` hold the part of this chunk.
+
+    Raises:
+        CheckpointError: a file cannot be read, or has shrunk.
+    """
+    pair, chunk, views, extra = job
+    scans = [
+        ViewScan(chunk.num_elements, pair.before.dtype, pair.after.dtype, view) for view in views
+    ]
+    magnitudes, sum_sq = np.zeros(NUM_MAGNITUDE_BINS, np.int64), 0.0
+    one, other = scratch.buffers(pair.before.dtype, pair.after.dtype)
+    for before, after in zip(
+        pair.before.pieces(chunk.start, chunk.stop, one),
+        pair.after.pieces(chunk.start, chunk.stop, other),
+        strict=True,
+    ):
+        for scan in scans:
+            scan.add(before, after, scratch.workspace)
+        if "base_tensors" in extra:
+            histogram, squares = magnitude_histogram(before, pair.before.dtype)
+            magnitudes, sum_sq = magnitudes + histogram, sum_sq + squares
+    tables: Tables = {"tensor_deltas": [], **{name: [] for name in extra}}
+    layer, module = layer_and_module(pair.name, pair.shape)
+    tensor = {"tensor": pair.name, "layer": layer, "module": module}
+    place = {"chunk": chunk.index, "start": chunk.start, "num_elements": chunk.num_elements}
+    for view, scan in zip(views, scans, strict=True):
+        counts = scan.counts()
+        row = {"trial_id": None, "view": view, **tensor, **place}
+        steps = {"step_before": None, "step_after": None}
+        delta = {**row, **steps, "dtype": pair.after.dtype, **counts.columns()}
+        tables["tensor_deltas"].append(delta)
+        if "masks" in extra:
+            mask = {"step": None, "kind": "diff", "mask": counts.mask.tobytes()}
+            tables["masks"].append(row | mask)
+        if "stripes" in extra and len(pair.shape) > 1:
+            stripe = _stripe(counts, math.prod(pair.shape[1:]))
+            tables["stripes"].append({"trial_id": None, **steps, "view": view, **tensor} | stripe)
+    if "base_tensors" in extra:
+        sums = {"sum_sq": sum_sq, "magnitude_histogram": magnitudes.tolist()}
+        stored = {"shape": list(pair.before.shape), "dtype": pair.before.dtype}
+        tables["base_tensors"].append({"base": None, **tensor, **stored, **place, **sums})
+    return tables
+
+
+def assemble(plan: DiffPlan, parts: Iterable[Tables]) -> Diff:
+    """The result, of what ``measure_chunk`` gave for each of ``plan.jobs()``, in their order."""
+    tables: Tables = {"tensor_deltas": [], **{name: [] for name in sorted(plan.extra_tables)}}
+    for part in parts:
+        for name, rows in part.items():
+            tables[name] += rows
+    if "stripes" in tables:
+        tables["stripes"] = _joined(tables["stripes"])
+    primary = [row for row in tables["tensor_deltas"] if row["view"] == plan.views[0]]
+    by_tensor = {name: list(rows) for name, rows in itertools.groupby(primary, _tensor)}
+    tensors = []
+    for pair in plan.matching.pairs:
+        layer, module = layer_and_module(pair.name, pair.shape)
         tensors.append(
             {
-                "name": one.name,
+                "name": pair.name,
                 "layer": layer,
                 "module": module,
-                "shape": list(shape),
-                "dtype_before": one.dtype,
-                "dtype_after": other.dtype,
-                "num_elements": math.prod(shape),
-                "sparsity": _sparsity(of_tensor),
+                "shape": list(pair.shape),
+                "dtype_before": pair.before.dtype,
+                "dtype_after": pair.after.dtype,
+                "num_elements": math.prod(pair.shape),
+                "sparsity": _sparsity(by_tensor.get(pair.name, [])),
             }
         )
-    return Diff(_side(left), _side(right), accounting, tensors, rows)
-
-
-_Pair = tuple[TensorInfo, TensorInfo, tuple[int, ...]]
-
-
-def _match(left: Checkpoint, right: Checkpoint) -> tuple[Row, list[_Pair]]:
-    """The accounting, and the tensors to compare with the shape that they have in common."""
-    ours, theirs = ({info.name: info for info in side.counted} for side in (left, right))
-    listed: dict[str, list[str]] = {
-        "tied": sorted({*left.tied, *right.tied}),
-        "removed": sorted(ours.keys() - theirs.keys()),
-        "added": sorted(theirs.keys() - ours.keys()),
-        "reshaped": [],
-        "resized": [],
-    }
-    count = Counter(
-        tied_before=sum(left.tensors[name].num_elements for name in left.tied),
-        tied_after=sum(right.tensors[name].num_elements for name in right.tied),
-        removed=sum(ours[name].num_elements for name in listed["removed"]),
-        added=sum(theirs[name].num_elements for name in listed["added"]),
+    return Diff(
+        before=_side(plan.before),
+        after=_side(plan.after),
+        accounting=plan.matching.accounting,
+        views=plan.views,
+        tensors=tensors,
+        tables=tables,
+        pairs=plan.matching.pairs,
     )
-    pairs: list[_Pair] = []
-    for name in sorted(ours.keys() & theirs.keys()):
-        one, other = ours[name], theirs[name]
-        shape = _common_shape(one, other)
-        if shape is None:
-            listed["reshaped"].append(name)
-            count.update(reshaped_before=one.num_elements, reshaped_after=other.num_elements)
-            continue
-        if one.shape != other.shape:
-            listed["resized"].append(name)
-        num_common = math.prod(shape)
-        count.update(
-            compared=num_common,
-            removed=one.num_elements - num_common,
-            added=other.num_elements - num_common,
-        )
-        pairs.append((one, other, shape))
-    if not count["compared"]:
-        raise CheckpointError(
-            f"{left.path} and {right.path} have no weights in common: "
-            f"{len(listed['reshaped'])} tensors differ in shape, {len(listed['removed'])} are only "
-            f"in the first, {len(listed['added'])} only in the second; are they of one model?"
-        )
-    total_before = sum(info.num_elements for info in left.tensors.values())
-    total_after = sum(info.num_elements for info in right.tensors.values())
-    assert total_before == sum(
-        count[part] for part in ("compared", "tied_before", "removed", "reshaped_before")
-    )
-    assert total_after == sum(
-        count[part] for part in ("compared", "tied_after", "added", "reshaped_after")
-    )
-    accounting: Row = {"total_before": total_before, "total_after": total_after}
-    accounting |= {part: count[part] for part in _PARTS}
-    return accounting | {f"{part}_tensors": names for part, names in listed.items()}, pairs
 
 
-_PARTS = (
-    "compared", "tied_before", "tied_after", "removed", "added", "reshaped_before",
-    "reshaped_after",
-)  # fmt: skip
+# --- threads ---------------------------------------------------------------------------------
 
 
-def _common_shape(one: TensorInfo, other: TensorInfo) -> tuple[int, ...] | None:
-    """The shape that is compared: the common rows of a resized vocabulary; None for reshaped."""
-    if one.shape == other.shape:
-        return one.shape
-    is_vocabulary = layer_and_module(one.name, one.shape)[1] in ("embed", "head")
-    if not is_vocabulary or not one.shape or one.shape[1:] != other.shape[1:]:
-        return None
-    return min(one.shape[0], other.shape[0]), *one.shape[1:]
+class Scratch:
+    """Memory that one thread uses again and again."""
+
+    def __init__(self) -> None:
+        self.workspace = new_workspace()
+        self._bytes = np.empty((2, PIECE_BYTES), np.uint8)
+
+    def buffers(self, dtype_before: str, dtype_after: str) -> Any:
+        """Two arrays of the same number of elements, for a piece of either side."""
+        items = bits_dtype(dtype_before), bits_dtype(dtype_after)
+        size = PIECE_BYTES // max(item.itemsize for item in items)
+        return [
+            memory[: size * item.itemsize].view(item)
+            for memory, item in zip(self._bytes, items, strict=True)
+        ]
 
 
-def _compare(
-    one: TensorInfo, other: TensorInfo, shape: tuple[int, ...], cast: str | None
-) -> Iterator[Row]:
-    """Rows of one pair of tensors; common rows come first in both, so positions agree."""
-    for chunk in chunks(shape):
-        before = one.read(chunk.start, chunk.stop)
-        after = other.read(chunk.start, chunk.stop)
-        counts = _measure_view(before, after, one.dtype, other.dtype, cast or "stored")
-        nobody = {"trial_id": None, "step_before": None, "step_after": None}
-        place = _place(one, chunk) | {"view": cast or "stored", "dtype": other.dtype}
-        yield nobody | place | counts.columns()
+def _in_threads(jobs: Sequence[Job], num_threads: int | None) -> Iterator[Tables]:
+    """``measure_chunk`` of each job, in order; reading and kernels run without the GIL."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    num_threads = num_threads or min(len(cores) or os.cpu_count() or 1, _MAX_THREADS)
+    mine = threading.local()
+    numbers = itertools.count()
+
+    def start() -> None:
+        # Left alone, short work of several threads piles up on one core.
+        if len(cores) >= num_threads > 1:
+            os.sched_setaffinity(threading.get_native_id(), {cores[next(numbers) % len(cores)]})
+        mine.scratch = Scratch()
+
+    with ThreadPoolExecutor(num_threads, initializer=start) as pool:
+        yield from pool.map(lambda job: measure_chunk(job, mine.scratch), jobs)
 
 
-def _sparsity(rows: Sequence[Row]) -> dict[str, float]:
-    """Fraction unchanged by definition; 1 for an empty tensor."""
-    num_elements = sum(row["num_elements"] for row in rows)
+# --- small parts -----------------------------------------------------------------------------
+
+
+def _tensor(row: Row) -> str:
+    return str(row["tensor"])
+
+
+def _is_same(left: Path | str, right: Path | str) -> bool:
+    is_local = isinstance(left, Path) and isinstance(right, Path)
+    return is_local and os.path.samefile(left, right)
+
+
+def _stripe(counts: ChunkCounts, num_columns: int) -> Row:
+    num_rows = counts.num_elements // num_columns
+    rows, columns = stripe_counts(counts.mask, num_rows, num_columns)
     return {
-        name: 1 - sum(row[f"num_changed_{name}"] for row in rows) / max(num_elements, 1)
-        for name in DEFINITIONS
-    }
+        "num_rows": num_rows, "num_columns": num_columns,
+        "row_counts": rows, "column_counts": columns,
+    }  # fmt: skip
+
+
+def _joined(stripes: Sequence[Row]) -> list[Row]:
+    """One row per matrix and view, of those of its chunks."""
+    found: dict[tuple[str, str], Row] = {}
+    for part in stripes:
+        key = part["tensor"], part["view"]
+        if key not in found:
+            found[key] = dict(part)
+            continue
+        row = found[key]
+        row["num_rows"] += part["num_rows"]
+        row["row_counts"] = np.concatenate([row["row_counts"], part["row_counts"]])
+        row["column_counts"] = row["column_counts"] + part["column_counts"]
+    return list(found.values())
+
+
+def _sparsity(rows: Iterable[Row]) -> dict[str, float]:
+    """Fraction unchanged by definition; 1 for an empty tensor."""
+    total: Counter[str] = Counter()
+    for row in rows:
+        total["num_elements"] += row["num_elements"]
+        for name in DEFINITIONS:
+            total[name] += row[f"num_changed_{name}"]
+    return {name: 1 - total[name] / max(total["num_elements"], 1) for name in DEFINITIONS}
 
 
 def _side(checkpoint: Checkpoint) -> Row:

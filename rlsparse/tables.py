@@ -11,10 +11,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlsparse.definitions import DEFINITIONS
+from rlsparse.definitions import DEFINITIONS, RANK_TOLERANCES
 from rlsparse.errors import TableError
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 EVER_CHANGED = "ever_changed.mask.safetensors"
 """File of a trial: every weight that differed from the base after any step."""
@@ -122,11 +122,28 @@ SCHEMAS: dict[str, pa.Schema] = {
             *((f"num_changed_{name}", pa.int64()) for name in DEFINITIONS),
             ("ulp_histogram", _counts),
             ("magnitude_histogram_changed", _counts),
+            ("sum_sq_before", pa.float64()),
             ("sum_sq_delta", pa.float64()),
             ("sum_abs_delta", pa.float64()),
             ("max_abs_delta", pa.float64()),
             ("num_sign_flips", pa.int64()),
+            ("num_zero_sign_flips", pa.int64()),
             ("num_nonfinite", pa.int64()),
+            ("num_nan", pa.int64()),
+        ]
+    ),
+    # One row per matrix and view: changed weights per row and per column of its 2-D view.
+    "stripes": _schema(
+        [
+            ("trial_id", pa.string()),
+            ("step_before", pa.int64()),
+            ("step_after", pa.int64()),
+            ("view", pa.string()),
+            *_key,
+            ("num_rows", pa.int64()),
+            ("num_columns", pa.int64()),
+            ("row_counts", _counts),
+            ("column_counts", _counts),
         ]
     ),
     # Packed masks of bitwise change: bit i of byte j is element start + 8 * j + i.
@@ -160,6 +177,51 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("expected_uniform", pa.float64()),
             ("expected_tensor", pa.float64()),
             ("expected_magnitude", pa.float64()),
+        ]
+    ),
+    # One row per matrix and kind: `update`, and its `null`, a random matrix of single representable
+    # steps of the same density. Null where a statistic is undefined; see `spectrum.Spectrum`.
+    "spectra": _schema(
+        [
+            ("trial_id", pa.string()),
+            ("step_before", pa.int64()),
+            ("step_after", pa.int64()),
+            ("view", pa.string()),
+            *_key,
+            ("shape", pa.list_(pa.int64())),
+            ("dtype", pa.string()),
+            ("kind", pa.string()),
+            ("method", pa.string()),  # exact, gram
+            ("seed", pa.int64()),
+            ("num_elements", pa.int64()),
+            ("num_nonfinite", pa.int64()),
+            ("num_changed", pa.int64()),
+            *((f"rank_{name}", pa.int64()) for name in RANK_TOLERANCES),
+            *((f"rank_share_{name}", pa.float64()) for name in RANK_TOLERANCES),
+            ("energy_rank", pa.int64()),  # of 99 % of the squared norm
+            ("entropy_rank", pa.float64()),
+            ("stable_rank", pa.float64()),
+            ("frobenius_norm", pa.float64()),
+            ("sigma_max", pa.float64()),
+            ("nss", pa.float64()),
+            ("nss_random", pa.float64()),  # of Gaussian noise of the same norm
+            ("principal_rank", pa.int64()),
+            ("cosines_left", pa.list_(pa.float64())),
+            ("cosines_right", pa.list_(pa.float64())),
+            ("top_1pct_share", pa.float64()),
+            ("top_10pct_share", pa.float64()),
+            ("mask_share", pa.float64()),
+            ("principal_lift", pa.float64()),
+            ("principal_lift_in_decile", pa.float64()),
+            ("low_lift", pa.float64()),
+            ("low_lift_in_decile", pa.float64()),
+            ("row_dispersion", pa.float64()),
+            ("column_dispersion", pa.float64()),
+            ("untouched_row_share", pa.float64()),
+            ("untouched_column_share", pa.float64()),
+            ("top_row_share", pa.float64()),
+            ("top_column_share", pa.float64()),
+            ("looks_like_adapter", pa.bool_()),
         ]
     ),
     "effects": _schema(

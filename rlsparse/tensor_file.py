@@ -5,13 +5,14 @@ no framework. Weights are handed out as *bits*: flat little-endian unsigned inte
 of the stored format.
 """
 
-import itertools
+import io
 import json
 import math
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlsparse.errors import CheckpointError
+from rlsparse.files import File, fill, opened
 
 SINGLE_FILE = "model.safetensors"
 
@@ -28,10 +30,14 @@ Bits = NDArray[np.unsignedinteger[Any]]
 """Bit patterns of weights, flat: uint8, uint16, uint32 or uint64 by the width of the format."""
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_HEAD_BYTES = 2**16  # holds the header of most files: one request where a file is remote
+_AGAIN = "download or save it again"
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 _FORMATS: dict[str, tuple[str, int]] = {
     "F64": ("fp64", 8), "F32": ("fp32", 4), "F16": ("fp16", 2), "BF16": ("bf16", 2),
     "F8_E4M3": ("fp8_e4m3", 1), "F8_E5M2": ("fp8_e5m2", 1), "F8_E8M0": ("fp8_e8m0", 1),
+    "F8_E4M3FNUZ": ("fp8_e4m3fnuz", 1), "F8_E5M2FNUZ": ("fp8_e5m2fnuz", 1),
     "I64": ("i64", 8), "I32": ("i32", 4), "I16": ("i16", 2), "I8": ("i8", 1),
     "U64": ("u64", 8), "U32": ("u32", 4), "U16": ("u16", 2), "U8": ("u8", 1),
     "C64": ("c64", 8), "BOOL": ("bool", 1),
@@ -49,12 +55,15 @@ def bits_dtype(dtype: str) -> np.dtype[np.unsignedinteger[Any]]:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies and how it is stored; ``offset`` is its first byte in ``file``."""
+    """Where one tensor lies and how it is stored; ``offset`` is its first byte in ``file``.
+
+    Holds no file handle, so it pickles, and several threads may read at once.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    file: Path
+    file: File
     offset: int
 
     @property
@@ -68,74 +77,171 @@ class TensorInfo:
         return self.num_elements * ITEMSIZE[self.dtype]
 
     def read(self, start: int = 0, stop: int | None = None) -> Bits:
-        """Bits of the flat elements [start, stop).
+        """Bits of the flat elements [start, stop), in an array of their own.
 
         Raises:
             CheckpointError: the range is not inside the tensor, or the file has shrunk.
         """
         stop = self.num_elements if stop is None else stop
+        bits: Bits = np.empty(max(stop - start, 0), bits_dtype(self.dtype))
+        for _ in self.pieces(start, stop, bits):
+            pass
+        return bits
+
+    def pieces(self, start: int, stop: int, buffer: Bits) -> Iterator[Bits]:
+        """Bits of the flat elements [start, stop) in order, in one buffer filled again and again.
+
+        The file is opened once, and read unbuffered and without the GIL. A piece is valid until
+        the next one is asked for.
+
+        Args:
+            start: first element.
+            stop: one past the last element.
+            buffer: shape [n], contiguous, of the type ``bits_dtype(dtype)``; any n > 0.
+
+        Yields:
+            Views ``buffer[:k]``: k = n, but for the last.
+
+        Raises:
+            CheckpointError: the range is not inside the tensor, the buffer is of another type or
+                empty, or the file has shrunk.
+        """
         if not 0 <= start <= stop <= self.num_elements:
             raise CheckpointError(
                 f"{self.file}: {self.name} has {self.num_elements} elements, not [{start}, {stop})"
             )
         item = bits_dtype(self.dtype)
-        offset = self.offset + start * item.itemsize
-        try:
-            bits: Bits = np.fromfile(self.file, item, count=stop - start, offset=offset)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {self.file}: {error.strerror}") from error
-        if bits.size != stop - start:
-            raise CheckpointError(f"{self.file} was truncated while {self.name} was read")
-        return bits
+        if buffer.dtype != item or (start < stop and not buffer.size):
+            raise CheckpointError(
+                f"{self.name} needs a buffer of {item}, not {buffer.dtype}{list(buffer.shape)}"
+            )
+        return self._filled(start, stop, buffer)
+
+    def _filled(self, start: int, stop: int, buffer: Bits) -> Iterator[Bits]:
+        if start == stop:
+            return
+        with opened(self.file) as stream:
+            stream.seek(self.offset + start * buffer.itemsize)
+            for position in range(start, stop, buffer.size):
+                piece = buffer[: stop - position]
+                fill(stream, piece.data.cast("B"), self.file)
+                yield piece
 
 
-def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def read_header(file: File) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors and metadata of one safetensors file, checked against its size.
 
+    As strict as the safetensors library: tensors follow each other without holes or overlaps and
+    end where the file ends. Stricter, with a stated reason: a name given twice, and names with
+    control characters.
+
     Raises:
-        CheckpointError: not a safetensors file, truncated, or tensors overlap.
+        CheckpointError: not a safetensors file, truncated, or damaged.
     """
+    with opened(file) as stream:
+        size = stream.seek(0, io.SEEK_END)
+        stream.seek(0)
+        head = bytearray(min(size, _HEAD_BYTES))
+        fill(stream, memoryview(head), file)
+        length = int.from_bytes(head[:8], "little")
+        if head.startswith(b"version https://git-lfs"):
+            raise CheckpointError(f"{file} stands for a file that is not here yet: `git lfs pull`")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise CheckpointError(f"{file} is truncated or not a safetensors file: {_AGAIN}")
+        text = bytearray(length)
+        text[: len(head) - 8] = head[8 : 8 + length]
+        if 8 + length > len(head):
+            fill(stream, memoryview(text)[len(head) - 8 :], file)
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(f"{file} is truncated or not a safetensors file")
-            header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_unique)
-        metadata = dict(header.pop("__metadata__", None) or {})
+        header = parse_json(bytes(text), unique)
+        metadata = header.pop("__metadata__", None)
+        notes = {} if metadata is None else dict(metadata.items())
+        if not all(isinstance(value, str) for value in notes.values()):
+            raise ValueError("metadata are not all strings")
+        "".join((*notes, *notes.values())).encode()  # raises on lone surrogates
         tensors = {name: _info(file, name, entry, 8 + length) for name, entry in header.items()}
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    except CheckpointError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{file} has a damaged safetensors header: {error!r}") from error
-    ordered = sorted(tensors.values(), key=lambda info: (info.offset, info.size_bytes))
-    for left, right in itertools.pairwise(ordered):
-        if left.offset + left.size_bytes > right.offset:
-            raise CheckpointError(f"{file} is damaged: {left.name} and {right.name} overlap")
-    end = ordered[-1].offset + ordered[-1].size_bytes if ordered else 0
-    if end > size:
-        raise CheckpointError(f"{file} is truncated: {size} bytes, its tensors end at {end}")
-    return tensors, {str(key): str(value) for key, value in metadata.items()}
+        reason = f"{type(error).__name__} {error}"[:200]
+        raise CheckpointError(
+            f"{file} has a damaged safetensors header ({reason}): {_AGAIN}"
+        ) from error
+    _check_places(file, tensors, 8 + length, size)
+    return tensors, notes
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of ``parse_json`` in which no name may be given twice.
+
+    Raises:
+        ValueError: one is.
+    """
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a name is given twice")
     return dict(pairs)
 
 
-def _info(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
-    tag, shape, (begin, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
-    if tag not in _FORMATS:
+def parse_json(
+    text: bytes, mapping: Callable[[list[tuple[str, Any]]], dict[str, Any]] = dict
+) -> dict[str, Any]:
+    """A JSON mapping; ``mapping`` makes one, at every depth, of its pairs.
+
+    Raises:
+        ValueError: anything else, also nesting too deep to read.
+    """
+    try:
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=mapping)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    if not isinstance(content, dict):
+        raise ValueError("not a JSON mapping")
+    return content
+
+
+def check_name(file: File, name: object) -> str:
+    """The name of a tensor, if it can be printed and written.
+
+    Raises:
+        CheckpointError: no string, or one with control characters or lone surrogates.
+    """
+    if not isinstance(name, str) or _UNPRINTABLE.search(name):
         raise CheckpointError(
-            f"{file}: tensor {name} has the number format {tag}; known: {', '.join(_FORMATS)}"
+            f"{file}: a tensor is called {ascii(name)[:200]}; names are text without control "
+            "characters: rename it and save it again"
         )
-    info = TensorInfo(name, _FORMATS[tag][0], shape, file, data_start + begin)
-    is_sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-    if not is_sound or end - begin != info.size_bytes:
-        raise ValueError(f"entry {entry} of tensor {name}")
+    return name
+
+
+def _check_places(file: File, tensors: Mapping[str, TensorInfo], start: int, size: int) -> None:
+    ordered = sorted(tensors.values(), key=lambda info: (info.offset, info.size_bytes))
+    before = "the header"
+    for info in ordered:
+        if info.offset != start:
+            how = "overlap" if info.offset < start else "have a hole between them"
+            raise CheckpointError(f"{file} is damaged: {before} and {info.name} {how}: {_AGAIN}")
+        start, before = info.offset + info.size_bytes, info.name
+    if start != size:
+        what = "truncated" if start > size else "damaged"
+        raise CheckpointError(
+            f"{file} is {what}: {size} bytes, its tensors end at {start}: {_AGAIN}"
+        )
+
+
+def _info(file: File, name: str, entry: Any, data_start: int) -> TensorInfo:
+    tag, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    check_name(file, name)
+    if not isinstance(tag, str) or tag not in _FORMATS:
+        raise CheckpointError(
+            f"{file}: tensor {name} has the number format {ascii(tag)[:40]}; known: "
+            f"{', '.join(_FORMATS)}; save it in one of these"
+        )
+    sizes = (*shape, begin, end)
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**63 for n in sizes):
+        raise ValueError(f"shape or offsets of tensor {name}")
+    info = TensorInfo(name, _FORMATS[tag][0], tuple(shape), file, data_start + begin)
+    if end - begin != info.size_bytes:
+        raise ValueError(f"tensor {name} of {info.size_bytes} bytes lies in {end - begin}")
     return info
 
 

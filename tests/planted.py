@@ -1,4 +1,7 @@
-"""Known truth: small checkpoint pairs whose changes are planted, written without the product."""
+"""Known truth: small checkpoint pairs whose changes are planted, written without the product.
+
+Only the names of the definitions come from it.
+"""
 
 import json
 from collections.abc import Mapping
@@ -7,6 +10,8 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+
+from rlsparse.definitions import DEFINITIONS
 
 FLOATS = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
@@ -131,3 +136,29 @@ def make_pair(
         after,
         {name: changed for name, (_, changed) in planted.items()},
     )
+
+
+# --- oracles ---------------------------------------------------------------------------------
+
+
+def weights(tensor: Tensor) -> np.ndarray:
+    """Values of a tensor, flat, in float64."""
+    return tensor.bits.view(FLOATS[tensor.dtype]).astype(np.float64)
+
+
+def naive_changed(before: Tensor, after: Tensor) -> dict[str, np.ndarray]:
+    """Which weights changed, by definition; finite weights only."""
+    a, b = weights(before), weights(after)
+    delta = np.abs(b - a)
+    changed = {"bitwise": before.bits != after.bits}
+    for name in DEFINITIONS[1:]:
+        kind, tolerance = name.split("_")
+        scale = np.maximum(np.abs(a), np.abs(b)) if kind == "rel" else 1
+        changed[name] = delta > float(tolerance) * scale
+    return changed
+
+
+def cast(tensor: Tensor, dtype: str) -> Tensor:
+    """The tensor rounded to another format."""
+    values = weights(tensor).astype(np.float32).astype(FLOATS[dtype])
+    return Tensor(dtype, tensor.shape, values.view(unsigned(dtype)))

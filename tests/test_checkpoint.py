@@ -3,12 +3,17 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import pickle
+import re
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import planted
 import pytest
 import safetensors
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import Tensor
@@ -72,86 +77,239 @@ def test_shards_read_as_one_file(tmp_path):
     assert fingerprint(sharded) == fingerprint(single)
 
 
-def test_folders_that_are_no_checkpoint(tmp_path):
+ONE = {"w": EXOTIC["cube"]}
+OTHER = {"w": Tensor("bf16", (2, 3, 4), np.arange(24, 48, dtype="<u2"))}
+
+FOLDERS = {
+    "empty": ([], "in {path}, which holds nothing"),
+    "readme": (["README.md"], r"no model\.safetensors.*holds \['README.md'\]; load it with"),
+    "fsdp": (["model_world_size_8_rank_0.pt"], "verl.model_merger merge --backend fsdp "
+             "--local_dir {path} --target_dir OUT"),
+    "inner-fsdp": (["latest_checkpointed_iteration.txt", "global_step_8/data.pt",
+                    "global_step_20/actor/model_world_size_8_rank_0.pt",
+                    "global_step_20/actor/huggingface/config.json"],
+                   "--backend fsdp --local_dir {path}/global_step_20/actor --target"),
+    "verl-megatron": (["actor/dist_ckpt/__0_0.distcp"], "megatron --local_dir {path}/actor"),
+    "accelerate": (["checkpoint-3/pytorch_model_fsdp_0/__0_0.distcp", "checkpoint-3/optimizer.pt"],
+                   "accelerate merge-weights {path}/checkpoint-3/pytorch_model_fsdp_0 OUT"),
+    "dcp": (["__0_0.distcp"], "format_utils dcp_to_torch {path} OUT.pt"),
+    "dcp-metadata": ([".metadata"], "format_utils dcp_to_torch {path} OUT.pt"),
+    "megatron": (["latest_checkpointed_iteration.txt", "iter_0000100/x.pt",
+                  "iter_0000020/x.pt"], r"export_ckpt\('{path}/iter_0000100', 'OUT'"),
+    "iteration": (["mp_rank_00/model.pt"], r"export_ckpt\('{path}', 'OUT'"),
+    "no-iteration": (["latest_checkpointed_iteration.txt"], "give the folder that holds iter_"),
+    "zero": (["zero_to_fp32.py", "global_step10/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+             "deepspeed.utils.zero_to_fp32 {path} OUT --safe_serialization"),
+    "run/global_step10": (["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+                          "zero_to_fp32 {parent} OUT --safe_serialization --tag global_step10"),
+    "lora": (["adapter_config.json", "adapter_model.safetensors"],
+             r"from_pretrained\('{path}'\).merge_and_unload\(\)"),
+    "gguf": (["a.Q4_K.gguf"], r"from_pretrained\('{path}', gguf_file='a.Q4_K.gguf'\)"),
+    "tf": (["tf_model.h5"], "from_tf=True"),
+    "flax": (["flax_model.msgpack"], "from_flax=True"),
+    "named-pickle": (["consolidated.00.pth"], "give the file {path}/consolidated.00.pth itself"),
+    "optimizer": (["optimizer.pt", "training_args.bin"], "no model.safetensors"),
+    "two-files": (["a.safetensors", "b.safetensors"], "give one of these files"),
+    "lone-shard": (["model-00001-of-00003.safetensors"], "has no model.safetensors.index.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folders_without_readable_weights(tmp_path, folder):
+    path = tmp_path / folder
+    path.mkdir(parents=True)
+    files, message = FOLDERS[folder]
+    for file in files:
+        (path / file).parent.mkdir(parents=True, exist_ok=True)
+        (path / file).touch()
+    pattern = message.replace("{path}", re.escape(str(path)))
+    pattern = pattern.replace("{parent}", re.escape(str(path.parent)))
+    with pytest.raises(CheckpointError, match=pattern) as caught:
+        Checkpoint.open(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_commands_quote_the_folder(tmp_path):
+    path = tmp_path / "my run; x"
+    path.mkdir()
+    (path / "__0_0.distcp").touch()
+    with pytest.raises(CheckpointError, match=r"dcp_to_torch '/.*/my run; x' OUT\.pt"):
+        Checkpoint.open(path)
+
+
+def test_places_that_are_no_checkpoint(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    (tmp_path / "a.gguf").touch()
+    (tmp_path / "notes.txt").touch()
     cases = {
-        "nothing": "no such file or folder",
-        "empty": r"no model\.safetensors",
-        "torch": r"PyTorch \.bin",
-        "fsdp": r"verl\.model_merger merge .*/fsdp",
-        "dcp": "dcp_to_torch",
-        "lora": "LoRA adapter",
+        tmp_path / "nothing": "no such file or folder; give a path, a hub id",
+        tmp_path / "model.safetensors": "is neither a file nor a folder",
+        tmp_path / ("a" * 300): "cannot read .*: File name too long",
+        tmp_path / "a.gguf": r"a.gguf is not a .safetensors file; .*gguf_file='a.gguf'",
+        tmp_path / "notes.txt": "notes.txt is not a .safetensors file; load it with transformers",
+        Path("org/model"): "no checkpoint at org/model",  # a hub id is text
     }
-    files = {
-        "empty": "README.md",
-        "torch": "pytorch_model.bin",
-        "fsdp": "model_world_size_8_rank_0.pt",
-        "dcp": "__0_0.distcp",
-        "lora": "adapter_model.safetensors",
-    }
-    for folder, file in files.items():
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / file).touch()
-    for folder, message in cases.items():
-        with pytest.raises(CheckpointError, match=message) as caught:
-            Checkpoint.open(tmp_path / folder)
-        assert str(tmp_path / folder) in str(caught.value)
-        assert "\n" not in str(caught.value)
+    for path, message in cases.items():
+        with pytest.raises(CheckpointError, match=message):
+            Checkpoint.open(path)
+
+
+TRAINERS = {
+    "checkpoint": (["checkpoint-9", "checkpoint-10"], "checkpoint-10"),
+    "numbers": (["weight_v000009", "weight_v000100"], "weight_v000100"),
+    "verl": (["global_step_2/actor/huggingface", "global_step_10/actor/huggingface"],
+             "global_step_10/actor/huggingface"),
+    "verl actor": (["global_step_3/actor", "global_step_3/critic"], "global_step_3/actor"),
+    "verl whole": (["global_step_3"], "global_step_3"),
+    "one actor": (["actor/huggingface", "critic"], "actor/huggingface"),
+    "step": (["step_1", "step-2"], "step-2"),
+    "epoch": (["epoch_0", "epoch_1"], "epoch_1"),
+    "policy": (["policy"], "policy"),
+    "first kind": (["epoch_7", "checkpoint-5"], "checkpoint-5"),
+    "itself": (["checkpoint-5", "."], "."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("folders", "chosen"), TRAINERS.values(), ids=TRAINERS)
+def test_folders_of_trainers(tmp_path, folders, chosen):
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        planted.write_file(
+            tmp_path / folder / "model.safetensors", OTHER if folder == chosen else ONE
+        )
+        (tmp_path / folder / "config.json").write_text(json.dumps({"folder": folder}))
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.path == tmp_path / chosen
+    assert checkpoint.config == {"folder": chosen}
+    assert same(checkpoint, OTHER)
+    assert same(Checkpoint.open(f"file://{tmp_path}"), OTHER)
+
+
+def test_a_smaller_step_never_stands_in_for_an_unfinished_one(tmp_path):
+    planted.write_folder(tmp_path / "checkpoint-100", ONE)
+    (tmp_path / "checkpoint-200").mkdir()
+    (tmp_path / "checkpoint-200" / "optimizer.pt").touch()
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        Checkpoint.open(tmp_path)
+
+
+def test_one_file_of_another_name(tmp_path):
+    planted.write_file(tmp_path / "weights.safetensors", ONE)
+    planted.write_file(tmp_path / "adapter_model.safetensors", OTHER)
+    assert same(Checkpoint.open(tmp_path), ONE)
+    assert same(Checkpoint.open(tmp_path / "adapter_model.safetensors"), OTHER)
+
+
+def test_safetensors_come_before_pickles(tmp_path):
+    planted.write_file(tmp_path / "model.safetensors", ONE)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"damaged")
+    assert same(Checkpoint.open(tmp_path), ONE)
+
+
+def test_pickled_shards(tmp_path):
+    whole = {f"w{n}": torch.arange(n + 1.0) for n in range(4)}
+    names = list(whole)
+    for number, part in enumerate((names[:2], names[2:])):
+        torch.save({name: whole[name] for name in part}, tmp_path / f"part-{number}.bin")
+    index = {"weight_map": {name: f"part-{n // 2}.bin" for n, name in enumerate(names)}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    checkpoint = Checkpoint.open(tmp_path)
+    assert list(checkpoint.tensors) == names
+    for name, tensor in whole.items():
+        assert checkpoint.read_bits(name).view("<f4").tolist() == tensor.tolist()
 
 
 def test_incomplete_shards(tmp_path):
     one, two = "a.safetensors", "b.safetensors"
     tensor = EXOTIC["cube"]
-    missing = planted.write_shards(tmp_path / "missing", {one: {"x": tensor}, two: {"y": tensor}})
-    (missing / two).unlink()
+    folder = planted.write_shards(tmp_path / "missing", {one: {"x": tensor}, two: {"y": tensor}})
+    (folder / two).unlink()
     with pytest.raises(CheckpointError, match=r"missing lacks the shards \['b.safetensors'\]"):
-        Checkpoint.open(missing)
-    planted.write_file(missing / two, {"x": tensor, "y": tensor})
+        Checkpoint.open(folder)
+    (folder / two).mkdir()
+    with pytest.raises(CheckpointError, match=r"missing lacks the shards \['b.safetensors'\]"):
+        Checkpoint.open(folder)
+    (folder / two).rmdir()
+    planted.write_file(folder / two, {"x": tensor, "y": tensor})
     with pytest.raises(CheckpointError, match=r"b.safetensors stores \['x'\] again"):
-        Checkpoint.open(missing)
-    planted.write_file(missing / two, {"z": tensor})
+        Checkpoint.open(folder)
+    planted.write_file(folder / two, {"z": tensor})
     with pytest.raises(CheckpointError, match=r"lack \['y'\]"):
-        Checkpoint.open(missing)
+        Checkpoint.open(folder)
+    planted.write_file(folder / one, {"y": tensor})
+    planted.write_file(folder / two, {"x": tensor})
+    with pytest.raises(CheckpointError, match=r"says that x is in a.safetensors, it is in b.safe"):
+        Checkpoint.open(folder)
 
 
-def test_every_truncation_is_noticed(tmp_path):
-    file = tmp_path / "t.safetensors"
-    planted.write_file(file, {"a": EXOTIC["cube"], "b": EXOTIC["scalar"]})
-    whole = file.read_bytes()
-    for length in range(len(whole)):
-        file.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match=r"t\.safetensors"):
-            Checkpoint.open(file)
+INDEXES = {
+    "list": ("[]", "is damaged: not a JSON mapping"),
+    "nothing": ("", "is damaged"),
+    "no map": ("{}", "lists no tensors"),
+    "empty": ('{"weight_map": {}}', "lists no tensors"),
+    "map of lists": ('{"weight_map": {"a": ["m.safetensors"]}}', "a tensor is called"),
+    "twice": ('{"weight_map": {"a": "m.safetensors", "a": "n.safetensors"}}', "given twice"),
+    "outside": ('{"weight_map": {"a": "../m.safetensors"}}', "not inside its folder; refused"),
+    "inside and out": ('{"weight_map": {"a": "x/../../m.safetensors"}}', "not inside its folder"),
+    "absolute": ('{"weight_map": {"a": "/etc/m.safetensors"}}', "not inside its folder; refused"),
+    "the folder": ('{"weight_map": {"a": "."}}', "not inside its folder; refused"),
+    "long": (json.dumps({"weight_map": {"a": "b" * 300}}), "File name too long"),
+    "control": ('{"weight_map": {"a": "\\u0000"}}', "control characters"),
+    "bomb": ('{"a":' + "[" * 200_000, "nested too deep"),
+}
 
 
-@pytest.mark.parametrize(
-    ("header", "message"),
-    [
-        ('{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', "damaged"),
-        ('{"a":{"dtype":"F32","shape":[-1],"data_offsets":[4,0]}}', "damaged"),
-        ('{"a":{"dtype":"F32","shape":[1.0],"data_offsets":[0,4]}}', "damaged"),
-        ('{"a":{"dtype":"F4","shape":[1],"data_offsets":[0,4]}}', "number format F4; known: F64"),
-        ('{"a":{"shape":[1],"data_offsets":[0,4]}}', "damaged"),
-        ('{"a":7}', "damaged"),
-        ('["a"]', "damaged"),
-        ("{", "damaged"),
-        ('{"__metadata__":[1]}', "damaged"),
-        (
-            '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
-            '"b":{"dtype":"F32","shape":[1],"data_offsets":[2,6]}}',
-            "a and b overlap",
-        ),
-        (
-            '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
-            '"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
-            "given twice",
-        ),
-    ],
-)
-def test_damaged_headers(tmp_path, header, message):
-    file = tmp_path / "d.safetensors"
-    file.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(16))
-    with pytest.raises(CheckpointError, match=message):
-        Checkpoint.open(file)
+@pytest.mark.parametrize(("text", "message"), INDEXES.values(), ids=INDEXES)
+def test_damaged_indexes(tmp_path, text, message):
+    planted.write_file(tmp_path / "m.safetensors", ONE)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Checkpoint.open(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def test_shards_in_an_inner_folder(tmp_path):
+    folder = tmp_path / "model"
+    (folder / "parts").mkdir(parents=True)
+    planted.write_file(folder / "parts" / "one.safetensors", ONE)
+    index = {"weight_map": {"w": "parts/one.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert same(Checkpoint.open(folder), ONE)
+
+
+def test_config_that_is_no_mapping(tmp_path):
+    for text in ("[]", "{", "\xff"):
+        folder = planted.write_folder(tmp_path / str(len(list(tmp_path.iterdir()))), ONE)
+        (folder / "config.json").write_bytes(text.encode("latin-1"))
+        with pytest.raises(CheckpointError, match=r"config.json is damaged"):
+            Checkpoint.open(folder)
+    (folder / "config.json").write_text('{"n": 1, "n": 2}')
+    assert Checkpoint.open(folder).config == {"n": 2}
+
+
+@contextlib.contextmanager
+def as_plain_user():
+    """Root may read everything: become nobody meanwhile."""
+    user = os.geteuid()
+    os.seteuid(user or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_files_without_permission():
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        folder = planted.write_folder(Path(place, "base"), ONE)
+        for path in (folder / "model.safetensors", folder):
+            path.chmod(0)
+            with as_plain_user(), pytest.raises(CheckpointError, match=r"cannot read .* denied"):
+                Checkpoint.open(folder)
+            path.chmod(0o700)
 
 
 def test_tied_head_counts_once(tmp_path):
@@ -324,25 +482,3 @@ def test_save_leaves_nothing_half_written(tmp_path):
         stream.write(b"new")
         raise KeyError
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("kept", "old")]
-
-
-def test_file_that_shrinks_after_opening(tmp_path):
-    folder = planted.write_folder(tmp_path / "base", EXOTIC)
-    checkpoint = Checkpoint.open(folder)
-    last = max(checkpoint.tensors.values(), key=lambda info: info.offset)
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="truncated"):
-        checkpoint.read_bits(last.name)
-    file.unlink()
-    with pytest.raises(CheckpointError, match="cannot read"):
-        checkpoint.read_bits(last.name)
-
-
-def test_index_that_is_not_json(tmp_path):
-    (tmp_path / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="damaged"):
-        Checkpoint.open(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
-    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
-        Checkpoint.open(tmp_path)

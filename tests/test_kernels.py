@@ -1,5 +1,6 @@
 import bisect
 import math
+import os
 import subprocess
 import sys
 
@@ -21,6 +22,10 @@ from rlsparse.definitions import (
 from rlsparse.errors import CheckpointError
 
 WIDTH = {dtype: 8 * unsigned(dtype).itemsize for dtype in FLOATS}
+FIRST_NONFINITE = {
+    "fp64": 0x7FF0_0000_0000_0000, "fp32": 0x7F80_0000, "fp16": 0x7C00, "bf16": 0x7F80,
+    "fp8_e4m3": 0x7F, "fp8_e5m2": 0x7C,
+}  # fmt: skip
 POWERS = [2.0**exponent for exponent in range(-1074, 1024)]
 KINDS = pytest.mark.parametrize("dtype", list(FLOATS))
 
@@ -56,14 +61,17 @@ def naive(before: list[int], after: list[int], dtype: str) -> kernels.ChunkCount
     changed = dict.fromkeys(DEFINITIONS, 0)
     ulps = [0] * len(ULP_BINS)
     magnitudes = [0] * NUM_MAGNITUDE_BINS
-    deltas, flips, nonfinite, mask = [], 0, 0, 0
+    deltas, squares, flips, zero_flips, nonfinite, nans, mask = [], [], 0, 0, 0, 0, 0
     for position, (x, y) in enumerate(zip(before, after, strict=True)):
         a, b = value(x, dtype), value(y, dtype)
         finite = math.isfinite(a) and math.isfinite(b)
         nonfinite += not finite
+        nans += math.isnan(a) or math.isnan(b)
         mask |= (x != y) << position
-        if x != y and math.isfinite(a):
-            magnitudes[naive_magnitude_bin(a)] += 1
+        if math.isfinite(a):
+            squares.append(a * a)
+            if x != y:
+                magnitudes[naive_magnitude_bin(a)] += 1
         for name in DEFINITIONS:
             kind, _, tolerance = name.partition("_")
             if kind == "bitwise" or not finite:
@@ -73,22 +81,35 @@ def naive(before: list[int], after: list[int], dtype: str) -> kernels.ChunkCount
                 changed[name] += abs(b - a) > float(tolerance) * scale
         if finite:
             deltas.append(abs(b - a))
-            flips += a * b < 0 or (a < 0 < b) or (b < 0 < a)
+            flips += (a < 0 < b) or (b < 0 < a)
+            zero_flips += x != y and a == b == 0
             if x != y:
                 ulps[naive_ulp_bin(abs(rank(x, dtype) - rank(y, dtype)))] += 1
     return kernels.ChunkCounts(
-        len(before), changed, ulps, magnitudes, sum(d * d for d in deltas),
-        sum(deltas), max(deltas, default=0.0), flips, nonfinite,
-        mask.to_bytes((len(before) + 7) // 8, "little"),
-    )  # fmt: skip
+        num_elements=len(before),
+        num_changed=changed,
+        ulp_histogram=ulps,
+        magnitude_histogram_changed=magnitudes,
+        sum_sq_before=sum(squares),
+        sum_sq_delta=sum(d * d for d in deltas),
+        sum_abs_delta=sum(deltas),
+        max_abs_delta=max(deltas, default=0.0),
+        num_sign_flips=flips,
+        num_zero_sign_flips=zero_flips,
+        num_nonfinite=nonfinite,
+        num_nan=nans,
+        mask=mask.to_bytes((len(before) + 7) // 8, "little"),
+    )
 
 
 def assert_same(found: kernels.ChunkCounts, expected: kernels.ChunkCounts) -> None:
-    sums = ("sum_sq_delta", "sum_abs_delta")
+    precision = {"sum_sq_before": 4e-7, "sum_sq_delta": 1e-12, "sum_abs_delta": 1e-12}
     for field in expected.__dataclass_fields__:
         ours, theirs = getattr(found, field), getattr(expected, field)
-        if field in sums:
-            assert ours == pytest.approx(theirs, rel=1e-12), field
+        if field == "mask":
+            assert ours.tobytes() == theirs
+        elif field in precision:
+            assert ours == pytest.approx(theirs, rel=precision[field]), field
         else:
             assert ours == theirs, field
 
@@ -98,7 +119,7 @@ def special_bits(dtype: str) -> list[int]:
     width = WIDTH[dtype]
     one = int(np.array([1], FLOATS[dtype]).view(unsigned(dtype))[0])
     top = 2 ** (width - 1) - 1
-    first = kernels._FIRST_NONFINITE[dtype]
+    first = FIRST_NONFINITE[dtype]
     positive = {0, 1, 2, 3, one - 1, one, one + 1, first - 1, first, min(first + 1, top), top}
     return sorted(positive | {bits | 1 << (width - 1) for bits in positive})
 
@@ -141,6 +162,84 @@ def test_weights_like_those_of_a_model(dtype):
     assert_same(kernels.measure(before, after, dtype), expected)
 
 
+def moved(rng: np.random.Generator, dtype: str, size: int, density: float) -> tuple:
+    """Weights like those of a model, some of them one to three codes further from zero."""
+    weights = (rng.standard_normal(size) * 0.02).astype(np.float32).astype(FLOATS[dtype])
+    before = weights.view(unsigned(dtype))
+    steps = rng.integers(1, 4, size) * (rng.random(size) < density)
+    return before, before + steps.astype(unsigned(dtype))
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 1023, 1024, 1025, 2111, 2112, 2113, 5000])
+@pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
+def test_sizes_around_the_blocks(size, density):
+    before, after = moved(np.random.default_rng(size), "bf16", size, density)
+    assert_same(
+        kernels.measure(before, after, "bf16"), naive(before.tolist(), after.tolist(), "bf16")
+    )
+
+
+@KINDS
+def test_a_nonfinite_weight_anywhere_spoils_nothing_else(dtype):
+    rng = np.random.default_rng(11)
+    before, after = moved(rng, dtype, 4500, 0.3)
+    special = np.array(special_bits(dtype), unsigned(dtype))
+    for side in (before, after):  # in the second block only, which is then judged with care
+        side[1200 + np.arange(special.size)] = rng.permutation(special)
+    assert_same(
+        kernels.measure(before, after, dtype), naive(before.tolist(), after.tolist(), dtype)
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "i64"])
+def test_pieces_add_up(dtype):
+    rng = np.random.default_rng(2)
+    kind = "bf16" if dtype == "bf16" else "fp32"
+    before, after = moved(rng, kind, 3000, 0.2)
+    if dtype == "i64":
+        before, after = before.astype(np.uint64), after.astype(np.uint64)
+    whole, scan = kernels.measure(before, after, dtype), kernels.Scan(3000, dtype)
+    for start, stop in [(0, 64), (64, 1984), (1984, 1984), (1984, 3000)]:
+        scan.add(before[start:stop], after[start:stop])
+    found = scan.counts()
+    assert found.mask.tobytes() == whole.mask.tobytes()
+    for field in set(found.__dataclass_fields__) - {"mask"}:
+        assert getattr(found, field) == pytest.approx(getattr(whole, field), rel=4e-7), field
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 200), st.floats(0, 1), st.integers(0, 2**32))
+def test_stripe_counts(num_rows, num_columns, density, seed):
+    mask = np.random.default_rng(seed).random((num_rows, num_columns)) < density
+    rows, columns = kernels.stripe_counts(
+        np.packbits(mask, axis=None, bitorder="little"), num_rows, num_columns
+    )
+    assert rows.tolist() == mask.sum(1).tolist()
+    assert columns.tolist() == mask.sum(0).tolist()
+
+
+def test_kernels_are_compiled_once_per_machine(tmp_path):
+    code = (
+        "import sys, numpy as np; from rlsparse.kernels import measure;"
+        "n = measure(np.zeros(9, np.uint16), np.ones(9, np.uint16), 'bf16').num_changed['bitwise'];"
+        "print(n, 'numba' in sys.modules)"
+    )
+    blocked = tmp_path / "a file"
+    blocked.touch()  # a cache that cannot be written costs time, nothing else
+    for folder, expected in [("cache", "9 True"), ("cache", "9 False"), ("a file", "9 True")]:
+        environment = os.environ | {"RLSPARSE_CACHE_DIR": str(tmp_path / folder)}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == expected
+    (object_file,) = (tmp_path / "cache").glob("scan_bf16-*.o")
+    assert object_file.stat().st_size > 1000
+
+
 def test_definitions_on_known_pairs():
     def one(before: float, after: float) -> dict[str, int]:
         sides = (np.array([x], np.float32).view(np.uint32) for x in (before, after))
@@ -163,7 +262,7 @@ def test_integers_are_compared_by_bits_only():
     before = np.array([1, 2, 3, 2**63], np.uint64)
     counts = kernels.measure(before, before + np.uint64([0, 1, 0, 7]), "i64")
     assert set(counts.num_changed.values()) == {2}
-    assert counts.mask == bytes([0b1010])
+    assert counts.mask.tobytes() == bytes([0b1010])
     assert sum(counts.ulp_histogram) == sum(counts.magnitude_histogram_changed) == 0
     assert (counts.num_nonfinite, counts.sum_sq_delta, counts.num_sign_flips) == (0, 0.0, 0)
 
@@ -220,7 +319,7 @@ def test_popcounts(kind, num_words):
 
 def nearest_even(weight: float, dtype: str) -> int:
     """Round by searching all values of a narrow format; ties to the even code."""
-    codes = np.arange(kernels._FIRST_NONFINITE[dtype], dtype=unsigned(dtype))
+    codes = np.arange(FIRST_NONFINITE[dtype], dtype=unsigned(dtype))
     magnitudes = codes.view(FLOATS[dtype]).astype(np.float64)
     at = int(np.searchsorted(magnitudes, abs(weight), "right")) - 1
     sign = (math.copysign(1, weight) < 0) << (WIDTH[dtype] - 1)
@@ -236,7 +335,7 @@ def nearest_even(weight: float, dtype: str) -> int:
 @pytest.mark.parametrize("target", ["bf16", "fp16", "fp8_e4m3", "fp8_e5m2"])
 def test_casts_round_to_nearest_even(source, target):
     rng = np.random.default_rng(5)
-    codes = rng.integers(0, kernels._FIRST_NONFINITE[target] - 1, 40, unsigned(target))
+    codes = rng.integers(0, FIRST_NONFINITE[target] - 1, 40, unsigned(target))
     low = codes.view(FLOATS[target]).astype(np.float64)
     high = (codes + 1).astype(unsigned(target)).view(FLOATS[target]).astype(np.float64)
     middle = (low + high) / 2  # ties, and their neighbours on both sides in the source

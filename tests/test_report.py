@@ -16,9 +16,9 @@ from playwright.sync_api import Page, sync_playwright
 
 from rlsparse import tables
 from rlsparse.definitions import DEFINITIONS
-from rlsparse.report import build_report, claim_rows, summary_rows
 from rlsparse.report.formats import NOTHING, number, p_value, percent
 from rlsparse.report.rows import cell_rows, effect_rows, overlap_pairs, overlap_rows, trial_rows
+from rlsparse.report.study_page import build_report, claim_rows, summary_rows
 from rlsparse.study import Study
 
 ALGORITHMS = {"sft": 0.55, "dpo": 0.2, "grpo": 0.13}

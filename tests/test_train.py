@@ -14,7 +14,8 @@ import torch
 from rlsparse import masks, tables
 from rlsparse.checkpoint import Checkpoint, fingerprint
 from rlsparse.config import STORED_DTYPE
-from rlsparse.diff import base_rows, diff_checkpoints, measure_patch
+from rlsparse.deltas import base_rows, measure_patch
+from rlsparse.diff import diff_checkpoints
 from rlsparse.errors import PatchError, TrialError
 from rlsparse.models.loading import load_model, load_tokenizer
 from rlsparse.patch import Patch, TensorPair, apply_patch, verify_patch, write_patch
@@ -54,8 +55,8 @@ def test_patch_applied_to_the_base_is_the_trained_model(
     before, after = stored_bits(base.path, dtype), stored_bits(kept, dtype)
     count = sum(int((before[key] != after[key]).sum()) for key in before)
     assert 0 < count == Patch.open(trial.patch()).num_changed
-    diff = diff_checkpoints(base.path, kept, cast=dtype)
-    assert sum(row["num_changed_bitwise"] for row in diff.rows) == count
+    diff = diff_checkpoints(base.path, kept, casts=[dtype])
+    assert sum(row["num_changed_bitwise"] for row in diff.tables["tensor_deltas"]) == count
     assert diff.sparsity["bitwise"] == 1 - count / sum(bits.size for bits in before.values())
 
 

@@ -353,5 +353,5 @@ def apply_patch(base_path: Path, patch_path: Path, out_path: Path) -> None:
         dtype = patch.tensors[source].dtype if source in patch.tensors else info.dtype
         pieces = (after for _, _, after in reconstruct(base, patch, name))
         tensors[name] = dtype, info.shape, pieces
-    extra = base.path if base.path.is_dir() else None
+    extra = base.path if isinstance(base.path, Path) and base.path.is_dir() else None
     save_checkpoint(out_path, tensors, base.metadata or None, extra)

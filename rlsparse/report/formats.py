@@ -1,6 +1,7 @@
 """How the report writes numbers; also for the terminal, so that both say the same."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 NOTHING = "\N{EN DASH}"
@@ -51,3 +52,12 @@ def definition(name: str) -> str:
     """A definition of unchanged as readers write it, such as ``|Δ| ≤ 1e-05``."""
     kind, _, tolerance = name.partition("_")
     return {"abs": f"|Δ| ≤ {tolerance}", "rel": f"|Δ| ≤ {tolerance} |w|"}.get(kind, name)
+
+
+def finite(value: Any) -> Any:
+    """``value`` with NaN and infinities as ``None``, which JSON has no words for."""
+    if isinstance(value, Mapping):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -67,7 +67,7 @@ MAX_STEP_TICKS = 6
 """With more snapshots than this the step axis has round ticks instead of one per snapshot."""
 
 
-def _draw(
+def draw(
     name: str, title: str, size: tuple[float, float], paint: Callable[[Figure], None]
 ) -> Markup:
     """Paint a figure of ``size`` CSS pixels and return it as an SVG element labelled ``title``."""
@@ -102,7 +102,8 @@ def _short(names: Sequence[str], limit: int) -> list[str]:
     ]
 
 
-def _percent_axis(axis: Any) -> None:
+def percent_axis(axis: Any) -> None:
+    """Ticks of a fraction as percentages."""
     axis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
     axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{100 * v:.10g} %"))
 
@@ -143,11 +144,11 @@ def sparsity_by_cell(trials: Sequence[Row], cells: Sequence[Row], colour: dict[s
         ax.set_yticks([])
         ax.grid(axis="y", visible=False)
         ax.spines["left"].set_visible(False)
-        _percent_axis(ax.xaxis)
+        percent_axis(ax.xaxis)
         ax.set_xlabel("weights unchanged (bitwise)")
 
     size = (WIDTH, 62 + 46 * len(shown))
-    return _draw("sparsity", "Sparsity by cell, one point per run", size, paint)
+    return draw("sparsity", "Sparsity by cell, one point per run", size, paint)
 
 
 def definitions(cells: Sequence[Row], colour: dict[str, str]) -> Markup:
@@ -168,16 +169,12 @@ def definitions(cells: Sequence[Row], colour: dict[str, str]) -> Markup:
             )  # fmt: skip
         ax.set_yticks(range(len(DEFINITIONS)), [definition(d) for d in DEFINITIONS])
         ax.set_ylim(len(DEFINITIONS) - 0.5, -0.5)
-        _percent_axis(ax.xaxis)
+        percent_axis(ax.xaxis)
         ax.set_xlabel("weights unchanged, mean over seeds")
         figure.legend(loc="outside upper left", ncols=columns, handletextpad=0.2, columnspacing=1.2)
 
-    return _draw(
-        "definitions",
-        "Mean sparsity under every definition of unchanged",
-        (WIDTH, 275 + 20 * math.ceil(len(shown) / columns)),
-        paint,
-    )
+    size = (WIDTH, 275 + 20 * math.ceil(len(shown) / columns))
+    return draw("definitions", "Mean sparsity under every definition of unchanged", size, paint)
 
 
 def density_heat_map(algorithm: str, rows: Sequence[Row], top: float) -> Markup:
@@ -206,7 +203,7 @@ def density_heat_map(algorithm: str, rows: Sequence[Row], top: float) -> Markup:
 
     height = 70 + max(len(layers) * (20 if annotated else 9), 60)
     title = f"{algorithm}: density by layer and module, in percent; the darkest is {percent(top)}"
-    return _draw(f"density {algorithm}", title, (WIDTH, height), paint)
+    return draw(f"density {algorithm}", title, (WIDTH, height), paint)
 
 
 def _bare_percent(value: float) -> str:
@@ -271,7 +268,7 @@ def training_curves(
                 )  # fmt: skip
             ax.set_ylim(0, 1.05 * top)
             ax.set_ylabel(key)
-            _percent_axis(ax.yaxis)
+            percent_axis(ax.yaxis)
         axes[-1].set_xlabel("optimizer step")
         steps = sorted({p["step"] for t in trials for p in t["snapshots"]})
         if len(steps) <= MAX_STEP_TICKS:
@@ -282,7 +279,7 @@ def training_curves(
 
     height = 50 + 120 * len(shown) + (20 * len(groups) if len(groups) > 1 else 0)
     title = f"{algorithm}: {' and '.join(key for key, _ in shown)} against the step"
-    return _draw(f"training {algorithm}", title, (WIDTH, height), paint)
+    return draw(f"training {algorithm}", title, (WIDTH, height), paint)
 
 
 def _curve(trial: Row, key: str) -> list[tuple[int, float]]:
@@ -337,7 +334,7 @@ def overlap_heat_map(labels: dict[str, str], pairs: Sequence[Row]) -> Markup:
 
     margin = 30 + 7 * max(len(name) for name in names)
     size = (margin + step * len(runs), 30 + step * len(runs))
-    return _draw("overlap", "Overlap of runs with runs, as lift over the null", size, paint)
+    return draw("overlap", "Overlap of runs with runs, as lift over the null", size, paint)
 
 
 def _ends(pair: Row) -> tuple[str, str]:
@@ -366,7 +363,7 @@ def module_lifts(algorithm: str, rows: Sequence[Row]) -> Markup:
         figure.legend(loc="outside upper left", ncols=3, handletextpad=0.2, columnspacing=1.2)
 
     title = f"{algorithm}: observed overlap over that expected, by module"
-    return _draw(f"modules {algorithm}", title, (WIDTH, 92 + 22 * len(shown)), paint)
+    return draw(f"modules {algorithm}", title, (WIDTH, 92 + 22 * len(shown)), paint)
 
 
 def effect_forest(response: str, rows: Sequence[Row]) -> Markup:
@@ -397,4 +394,4 @@ def effect_forest(response: str, rows: Sequence[Row]) -> Markup:
         ax.set_xlabel(f"{rows[0]['shown_scale']} of {response}")
 
     size = (WIDTH, 62 + 46 * len(rows))
-    return _draw(f"effects {response}", f"Effects on {response} with intervals", size, paint)
+    return draw(f"effects {response}", f"Effects on {response} with intervals", size, paint)

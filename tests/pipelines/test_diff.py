@@ -11,7 +11,8 @@ from pipelines.plan import load_base, make_plan
 from rlsparse import tables
 from rlsparse.checkpoint import Checkpoint
 from rlsparse.config import ModelConfig
-from rlsparse.diff import base_rows, diff_checkpoints, mask_rows, measure_patch
+from rlsparse.deltas import base_rows, mask_rows, measure_patch
+from rlsparse.diff import diff_checkpoints
 from rlsparse.masks import read_masks
 from rlsparse.models import TINY
 from rlsparse.patch import PATCH_FILE, Patch

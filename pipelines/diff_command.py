@@ -1,0 +1,224 @@
+"""``rlsparse diff``: reads the arguments, shows progress and prints the result.
+
+The command is registered in ``cli``; what it measures is ``rlsparse.diff``.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rlsparse.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rlsparse.diff import Diff, Row
+    from rlsparse.matching import TensorPair
+
+OnProgress = Callable[[int, int], None]
+
+PROGRESS_BYTES = 200_000_000
+"""Less work than this is done before a progress bar would be read."""
+TORCH_DTYPES = {
+    "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32",
+    "float8_e4m3fn": "fp8_e4m3",
+}  # fmt: skip
+"""PyTorch's names of number formats, as the published script takes them."""
+PAGE_TABLES = ("base_tensors", "stripes")
+"""Tables that only ``--out`` needs."""
+
+
+class Spectrum(StrEnum):
+    """How the singular values of the update are found."""
+
+    OFF = "off"
+    AUTO = "auto"
+    EXACT = "exact"
+
+
+def diff(
+    before: Annotated[str | None, typer.Argument(metavar="BEFORE", show_default=False)] = None,
+    after: Annotated[str | None, typer.Argument(metavar="AFTER", show_default=False)] = None,
+    json_path: Annotated[
+        str | None,
+        typer.Option("--json", metavar="PATH", help="Write the result here; - is standard output."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="New folder for Parquet tables, diff.json, index.html."),
+    ] = None,
+    cast: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DTYPE", help="Round both sides to this first; may be repeated."),
+    ] = None,
+    alias: Annotated[
+        list[str] | None,
+        typer.Option(metavar="AFTER_PREFIX=BEFORE_PREFIX", help="Tensors renamed; repeatable."),
+    ] = None,
+    spectrum: Annotated[
+        Spectrum, typer.Option(help="Rank and singular values of the update.")
+    ] = Spectrum.OFF,
+    per_tensor: Annotated[
+        bool, typer.Option("--per-tensor", help="Print a line per tensor too.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: the cores at hand.")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Spread the work over a Ray cluster.")] = False,
+    sft_model: Annotated[str | None, typer.Option("--sft_model", hidden=True)] = None,
+    rl_model: Annotated[str | None, typer.Option("--rl_model", hidden=True)] = None,
+    torch_dtype: Annotated[str | None, typer.Option("--torch_dtype", hidden=True)] = None,
+    tolerances: Annotated[str | None, typer.Option("--tolerances", hidden=True)] = None,
+) -> None:
+    """Say what changed between two checkpoints: folders, files, hub ids id@revision or URLs."""
+    if tolerances is not None:
+        raise ConfigError("--tolerances is not needed: all are always reported; leave it out")
+    first = _one_of(before, sft_model, "BEFORE", "--sft_model")
+    second = _one_of(after, rl_model, "AFTER", "--rl_model")
+    _check_outputs(json_path, out)
+    result = (_measure_on_ray if ray else _measure)(
+        first, second, aliases=_aliases(alias or []), num_threads=threads,
+        casts=[TORCH_DTYPES.get(name, name) for name in [*(cast or []), torch_dtype] if name],
+        extra_tables=PAGE_TABLES if out else (),
+    )  # fmt: skip
+    spectra = None if spectrum is Spectrum.OFF else _spectra(result, spectrum)
+    page = None if out is None else _write_folder(out, result, spectra)
+    if json_path is not None:
+        _write_json(json_path, result, spectra)
+    if json_path != "-":
+        _print(result, spectra, page, per_tensor)
+
+
+# --- arguments -------------------------------------------------------------------------------
+
+
+def _one_of(argument: str | None, option: str | None, name: str, flag: str) -> str:
+    """The argument, or the flag of the published script that means the same."""
+    given = [value for value in (argument, option) if value]
+    if len(given) != 1:
+        problem = "is missing" if not given else f"is given twice, also as {flag} {option}"
+        raise ConfigError(f"{name} {problem}; usage: rlsparse diff BEFORE AFTER")
+    return given[0]
+
+
+def _aliases(given: Sequence[str]) -> dict[str, str]:
+    """Prefix after -> prefix before, of ``AFTER_PREFIX=BEFORE_PREFIX``; either may be empty."""
+    for alias in given:
+        if alias.count("=") != 1 or alias == "=":
+            raise ConfigError(
+                f"--alias {alias}: must be AFTER_PREFIX=BEFORE_PREFIX, such as model.llm.=model."
+            )
+    aliases = dict(alias.split("=") for alias in given)
+    if len(aliases) != len(given):
+        raise ConfigError(f"--alias names a prefix twice: {', '.join(given)}; give each once")
+    return aliases
+
+
+def _check_outputs(json_path: str | None, out: Path | None) -> None:
+    """Refuse now what could not be written after minutes of work."""
+    if json_path not in (None, "-") and not Path(str(json_path)).absolute().parent.is_dir():
+        raise ConfigError(f"cannot write {json_path}: no such folder; give another --json")
+    if out is None or not out.exists():
+        return
+    if not out.is_dir() or any(out.iterdir()) or out.samefile("."):
+        raise ConfigError(f"--out {out} exists and is not an empty folder; give a new one")
+
+
+# --- work ------------------------------------------------------------------------------------
+
+
+def _measure(before: str, after: str, **options: Any) -> "Diff":
+    from rlsparse.diff import diff_checkpoints
+
+    with _progress("compare") as on_progress:
+        return diff_checkpoints(before, after, on_progress=on_progress, **options)
+
+
+def _measure_on_ray(before: str, after: str, **options: Any) -> "Diff":
+    raise ConfigError("--ray: not built yet; leave it out")
+
+
+def _spectra(result: "Diff", method: Spectrum) -> "list[Row]":
+    from rlsparse.spectrum import spectrum_rows
+
+    def counted(on_progress: OnProgress | None) -> "Iterator[TensorPair]":
+        done = list(accumulate(pair.before.size_bytes for pair in result.pairs))
+        for pair, num_bytes in zip(result.pairs, done, strict=True):
+            yield pair
+            if on_progress:
+                on_progress(num_bytes, done[-1])
+
+    with _progress("spectrum") as on_progress:
+        return spectrum_rows(counted(on_progress), view=result.views[0], method=method.value)
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[OnProgress | None]:
+    """A bar with bytes, speed and time left on a terminal, if the work is worth one."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+        TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+    )  # fmt: skip
+    task = bar.add_task(label)
+
+    def advance(done: int, total: int) -> None:
+        if total >= PROGRESS_BYTES:
+            bar.start()
+            bar.update(task, completed=done, total=total)
+
+    try:
+        yield advance
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
+# --- results ---------------------------------------------------------------------------------
+
+
+def _write_folder(out: Path, result: "Diff", spectra: "list[Row] | None") -> Path:
+    from rlsparse.report.diff_page import write_diff
+
+    return write_diff(result, out, spectra=spectra)
+
+
+def _write_json(path: str, result: "Diff", spectra: "list[Row] | None") -> None:
+    from rlsparse.report.diff_rows import json_content
+
+    text = json.dumps(json_content(result, spectra), allow_nan=False)
+    if path == "-":
+        print(text)
+        return
+    try:
+        Path(path).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}; give another --json") from error
+
+
+def _print(
+    result: "Diff", spectra: "list[Row] | None", page: Path | None, per_tensor: bool
+) -> None:
+    from rlsparse.report import diff_terminal
+
+    console = diff_terminal.make_console()
+    diff_terminal.print_diff(console, result, spectra)
+    if per_tensor:
+        diff_terminal.print_tensors(console, result)
+    if page is not None:
+        console.print(f"page     xdg-open {page}", soft_wrap=True)

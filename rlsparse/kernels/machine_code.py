@@ -1,0 +1,119 @@
+"""Machine code of the CPU kernels, compiled once per machine and then loaded in milliseconds.
+
+The kernels are written in Python (``cpu``) and compiled by numba for this very processor. numba
+takes a second to import and several to compile, so the object code is kept in
+``$XDG_CACHE_HOME/rlsparse`` (or ``$RLSPARSE_CACHE_DIR``), under a name that changes with the
+source, the compilers and the processor. Later processes load it with llvmlite alone. Without a
+writable cache each process compiles anew.
+"""
+
+import ctypes
+import hashlib
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+
+from rlsparse.tensor_file import atomic_write
+
+_SOURCES = ("counting.py", "cpu.py", "formats.py", "layout.py", "machine_code.py", "vectors.py")
+
+
+@cache
+def load(name: str, num_pointers: int, num_integers: int = 0) -> Callable[..., None]:
+    """A kernel of ``cpu.KERNELS`` as a function that releases the GIL.
+
+    Args:
+        name: of the kernel.
+        num_pointers: its arguments that are addresses of array data; they come first.
+        num_integers: the int64 arguments after them.
+    """
+    file = _cache_folder() / f"{name}-{_key()}.o"
+    try:
+        code = file.read_bytes()
+    except OSError:
+        code = _compile(name)
+        _keep(file, code)
+    engine = _engine()
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    address = engine.get_function_address(name)
+    arguments = [ctypes.c_void_p] * num_pointers + [ctypes.c_int64] * num_integers
+    # numba's convention: where to put a result, where to put an exception; ours have neither.
+    native = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 2, *arguments)(address)
+    nothing = (ctypes.c_void_p * 2)()
+    spare = ctypes.addressof(nothing)
+
+    def call(*given: int) -> None:
+        native(spare, spare + ctypes.sizeof(ctypes.c_void_p), *given)
+
+    call.__dict__["keep_alive"] = nothing
+    return call
+
+
+@cache
+def _engine() -> Any:
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
+    return llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+
+
+def _cache_folder() -> Path:
+    chosen = os.environ.get("RLSPARSE_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlsparse"
+
+
+@cache
+def _key() -> str:
+    digest = hashlib.sha256()
+    for source in _SOURCES:
+        digest.update(Path(__file__).with_name(source).read_bytes())
+    features = llvm.get_host_cpu_features().flatten()
+    parts = (version("numba"), version("llvmlite"), llvm.get_host_cpu_name(), features)
+    digest.update(repr(parts).encode())
+    return digest.hexdigest()[:16]
+
+
+def _keep(file: Path, code: bytes) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with atomic_write(file) as stream:
+            stream.write(code)
+    except OSError:
+        return  # read-only home: the next process compiles again
+
+
+def _compile(name: str) -> bytes:
+    """Object code that needs nothing of numba's runtime."""
+    from numba import njit
+
+    from rlsparse.kernels import counting, cpu
+
+    function, signature = (cpu.KERNELS | counting.KERNELS)[name]()
+    compiled = njit(
+        signature, error_model="numpy", fastmath=cpu.FASTMATH,
+        no_cpython_wrapper=True, no_cfunc_wrapper=True,
+    )(function)  # fmt: skip
+    module = llvm.parse_assembly(compiled.inspect_llvm(compiled.signatures[0]))
+    own = [part for part in module.functions if not part.is_declaration]
+    (kernel,) = (part for part in own if part.linkage == llvm.Linkage.external)
+    kernel.name = name
+    for part in own:
+        if part.name != name:
+            part.linkage = llvm.Linkage.internal
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3,
+        jit=True,
+    )  # fmt: skip
+    passes = llvm.create_new_module_pass_manager()
+    passes.add_global_dead_code_eliminate_pass()
+    builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options())
+    passes.run(module, builder)
+    return bytes(machine.emit_object(module))

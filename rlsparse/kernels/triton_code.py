@@ -1,0 +1,285 @@
+"""The kernels of the GPU, in Triton: the same numbers as the CPU's. Call them through ``gpu``.
+
+``compare`` runs one program per warp. It walks over tiles of 1024 pairs, of which every lane loads
+32, eight at a time. Comparing them gives each lane a word of one bit per pair: the packed mask.
+Whatever concerns changed weights only then runs on the lowest bit left in each lane's word until
+no lane has one, so that its cost falls with the density; those weights come from the L1 cache once
+more.
+
+Nothing is flushed to zero: distances in ULP are taken on integers, differences of formats of at
+most 16 bits are decided in fp32, which holds all their values as normal numbers or its own
+subnormals, everything else is float64. A tile with a NaN or an infinity shows it in its sum of
+squares or its highest code, and only such a tile is searched for them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from rlsparse.definitions import (
+    MAX_EXPONENT,
+    MIN_EXPONENT,
+    NUM_EXPONENTS,
+    NUM_MAGNITUDE_BINS,
+    ULP_BINS,
+)
+
+NUM_COUNTS = tl.constexpr(11)
+NUM_SUMS = tl.constexpr(4)
+NUM_BINS = tl.constexpr(128)  # bins of magnitudes, then of ULPs; the rest is thrown away
+_NO_BIN = tl.constexpr(127)
+_FIRST_ULP_BIN = tl.constexpr(NUM_MAGNITUDE_BINS)
+_LAST_ULP_BIN = tl.constexpr(len(ULP_BINS) - 1)
+_MIN_EXPONENT, _MAX_EXPONENT = tl.constexpr(MIN_EXPONENT), tl.constexpr(MAX_EXPONENT)
+_NUM_EXPONENTS = tl.constexpr(NUM_EXPONENTS)
+
+_jit: Callable[[Callable[..., Any]], Any] = triton.jit
+
+
+@_jit
+def _values(bits: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
+    """Exact values of zero-extended ``bits``: float64 for fp64 and fp32, else float32."""
+    if FORMAT == "fp64":
+        found = bits.to(tl.float64, bitcast=True)
+    elif FORMAT == "fp32":
+        found = bits.to(tl.float32, bitcast=True).to(tl.float64)
+    elif FORMAT == "bf16":
+        found = (bits << 16).to(tl.float32, bitcast=True)
+    elif FORMAT == "fp16":
+        found = bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    elif FORMAT == "fp8_e5m2":
+        found = (bits << 8).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:  # fp8_e4m3: a half with the same digits has an exponent 8 too small
+        half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.uint16)
+        found = half.to(tl.float16, bitcast=True).to(tl.float32) * 256
+        found = tl.where((bits & 0x7F) == 0x7F, float("nan"), found)
+    return found
+
+
+@_jit
+def _exponent_field(word: tl.tensor) -> tl.tensor:
+    """Bits below the sign of ``word`` as float32, shifted down: 127 + log2 of a power of two."""
+    return word.to(tl.float32).to(tl.int32, bitcast=True) >> 23
+
+
+@_jit
+def _magnitude_bin(values: tl.tensor, FORMAT: tl.constexpr) -> tl.tensor:
+    """Bins of finite float64 ``values`` (definitions.NUM_MAGNITUDE_BINS)."""
+    bits = values.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    digits = bits & 0xFFFFFFFFFFFFF
+    exponent = (bits >> 52).to(tl.int32) - 1023
+    if FORMAT == "fp64":  # the only one with subnormals here: a power of two has one digit
+        digits = tl.where(exponent == -1023, bits & (bits - 1), digits)
+    place = 1 + tl.minimum(tl.maximum(exponent, _MIN_EXPONENT), _MAX_EXPONENT) - _MIN_EXPONENT
+    place += tl.where(digits == 0, _NUM_EXPONENTS, 0)
+    return tl.where(bits == 0, 0, place)
+
+
+@_jit
+def _popcount(word: tl.tensor) -> tl.tensor:
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24).to(tl.int32)
+
+
+@_jit
+def compare(
+    before: tl.tensor,
+    after: tl.tensor,
+    mask: tl.tensor,
+    counts: tl.tensor,
+    sums: tl.tensor,
+    histograms: tl.tensor,
+    start: tl.tensor,
+    num_elements: tl.tensor,
+    num_tiles: tl.tensor,
+    FORMAT: tl.constexpr,
+    WORD: tl.constexpr,
+    FIRST_NONFINITE: tl.constexpr,
+    FIRST_NAN: tl.constexpr,
+    ABS: tl.constexpr,
+    TAUS: tl.constexpr,
+    IN_BOUNDS: tl.constexpr,
+) -> None:
+    """One pass over ``num_tiles`` tiles of 1024 pairs from pair ``start`` on.
+
+    ``before``, ``after``: bits, ``num_elements`` each. ``mask``: as in ``ChunkCounts``, written.
+    ``counts`` [programs, NUM_COUNTS], ``sums`` [programs, NUM_SUMS], ``histograms`` [programs,
+    NUM_BINS]: written, in the order of the stores at the end. ``TAUS``: the tolerances, then the
+    relative one. ``IN_BOUNDS``: no tile reaches beyond the tensor.
+    """
+    program = tl.program_id(0)
+    row = tl.arange(0, 128)
+    inside = row[:, None] * 8 + tl.arange(0, 8)[None, :]
+    first = tl.arange(0, 32) * 8
+    num_changed = tl.zeros((32,), tl.int32)
+    over_0, over_1, over_2, over_3 = num_changed, num_changed, num_changed, num_changed
+    over_4, over_5, over_relative = num_changed, num_changed, num_changed
+    num_flips, num_nonfinite, num_nan = num_changed, num_changed, num_changed
+    sum_sq_before = tl.zeros((32,), tl.float64)
+    sum_sq, sum_abs, max_abs = sum_sq_before, sum_sq_before, sum_sq_before
+    histogram = tl.zeros((NUM_BINS,), tl.int32)
+
+    for tile in range(program, num_tiles, tl.num_programs(0)):
+        base = start + tile * tl.full((), 1024, tl.int64)
+        here = None if IN_BOUNDS else base + inside < num_elements
+        other = None if IN_BOUNDS else 0
+        u = tl.load(before + base + inside, mask=here, other=other).to(WORD)
+        v = tl.load(after + base + inside, mask=here, other=other).to(WORD)
+        packed = tl.sum((u != v).to(tl.int32) << tl.arange(0, 8)[None, :], axis=1)
+        some = None if IN_BOUNDS else base + row * 8 < num_elements
+        tl.store(mask + base // 8 + row, packed.to(tl.uint8), mask=some)
+        word = tl.sum(tl.reshape(packed, (4, 32)) << (tl.arange(0, 4) * 8)[:, None], axis=0)
+        word = word.to(tl.uint32)
+        num_changed += _popcount(word)
+        if FORMAT != "none":
+            values = _values(u, FORMAT).to(tl.float64)
+            sum_tile = tl.sum(tl.reshape(tl.sum(values * values, axis=1), (4, 32)), axis=0)
+            highest = tl.zeros((32,), WORD)
+            while tl.max(word, axis=0) != 0:
+                lowest = word & (0 - word)
+                word ^= lowest
+                valid = lowest != 0
+                bit = _exponent_field(lowest) - 127
+                at = first + bit + (bit >> 3) * 248
+                x = tl.load(before + base + at, mask=valid, other=0).to(WORD)
+                y = tl.load(after + base + at, mask=valid, other=0).to(WORD)
+                p, q = x & ABS, y & ABS
+                low, high = tl.minimum(p, q), tl.maximum(p, q)
+                highest = tl.maximum(highest, high)
+                finite = high < FIRST_NONFINITE
+                a, b = _values(x, FORMAT), _values(y, FORMAT)
+                delta = tl.where(finite, tl.abs(b - a), float("inf"))
+                over_0 += (delta > 0).to(tl.int32)
+                over_1 += (delta > TAUS[0]).to(tl.int32)
+                over_2 += (delta > TAUS[1]).to(tl.int32)
+                over_3 += (delta > TAUS[2]).to(tl.int32)
+                over_4 += (delta > TAUS[3]).to(tl.int32)
+                over_5 += (delta > TAUS[4]).to(tl.int32)
+                scale = tl.where(finite, tl.maximum(tl.abs(a), tl.abs(b)), 0)
+                over_relative += (delta > scale * TAUS[5]).to(tl.int32)
+                opposite = (x ^ y) > ABS
+                num_flips += (finite & opposite & (low > 0)).to(tl.int32)
+
+                wide = a.to(tl.float64)
+                exact = tl.where(finite, tl.abs(b.to(tl.float64) - wide), 0)
+                sum_sq += exact * exact
+                sum_abs += exact
+                max_abs = tl.where(exact > max_abs, exact, max_abs)
+
+                rest = tl.where(opposite, p + q, high - low - 1)
+                ulp = tl.minimum(tl.maximum(_exponent_field(rest) - 126, 0), _LAST_ULP_BIN)
+                ulp = tl.where(finite & valid, _FIRST_ULP_BIN + ulp, _NO_BIN)
+                known = valid & (p < FIRST_NONFINITE)
+                size = tl.where(known, _magnitude_bin(wide, FORMAT), _NO_BIN)
+                histogram += tl.histogram(tl.reshape(tl.join(ulp, size), (64,)), NUM_BINS)
+
+            strange = (highest >= FIRST_NONFINITE) | ~(sum_tile < float("inf"))
+            if tl.max(strange.to(tl.int32), axis=0) != 0:
+                u = tl.load(before + base + inside, mask=here, other=other).to(WORD) & ABS
+                v = tl.load(after + base + inside, mask=here, other=other).to(WORD) & ABS
+                values = _values(tl.where(u < FIRST_NONFINITE, u, 0), FORMAT).to(tl.float64)
+                sum_tile = tl.sum(tl.reshape(tl.sum(values * values, axis=1), (4, 32)), axis=0)
+                u = tl.maximum(u, v)
+                some = tl.sum((u >= FIRST_NONFINITE).to(tl.int32), axis=1)
+                num_nonfinite += tl.sum(tl.reshape(some, (4, 32)), axis=0)
+                some = tl.sum((u >= FIRST_NAN).to(tl.int32), axis=1)
+                num_nan += tl.sum(tl.reshape(some, (4, 32)), axis=0)
+            sum_sq_before += sum_tile
+
+    counts += program * NUM_COUNTS
+    tl.store(counts, tl.sum(num_changed, axis=0))
+    tl.store(counts + 1, tl.sum(over_0, axis=0))
+    tl.store(counts + 2, tl.sum(over_1, axis=0))
+    tl.store(counts + 3, tl.sum(over_2, axis=0))
+    tl.store(counts + 4, tl.sum(over_3, axis=0))
+    tl.store(counts + 5, tl.sum(over_4, axis=0))
+    tl.store(counts + 6, tl.sum(over_5, axis=0))
+    tl.store(counts + 7, tl.sum(over_relative, axis=0))
+    tl.store(counts + 8, tl.sum(num_flips, axis=0))
+    tl.store(counts + 9, tl.sum(num_nonfinite, axis=0))
+    tl.store(counts + 10, tl.sum(num_nan, axis=0))
+    sums += program * NUM_SUMS
+    tl.store(sums, tl.sum(sum_sq_before, axis=0))
+    tl.store(sums + 1, tl.sum(sum_sq, axis=0))
+    tl.store(sums + 2, tl.sum(sum_abs, axis=0))
+    tl.store(sums + 3, tl.max(max_abs, axis=0))
+    tl.store(histograms + program * NUM_BINS + tl.arange(0, NUM_BINS), histogram)
+
+
+@_jit
+def magnitudes(
+    weights: tl.tensor,
+    sums: tl.tensor,
+    histograms: tl.tensor,
+    num_elements: tl.tensor,
+    num_tiles: tl.tensor,
+    FORMAT: tl.constexpr,
+    WORD: tl.constexpr,
+    FIRST_NONFINITE: tl.constexpr,
+    ABS: tl.constexpr,
+) -> None:
+    """Sum of squares and magnitude histogram of finite weights: a row per program."""
+    program = tl.program_id(0)
+    sum_sq = tl.zeros((1024,), tl.float64)
+    histogram = tl.zeros((NUM_BINS,), tl.int32)
+    for tile in range(program, num_tiles, tl.num_programs(0)):
+        at = tile * tl.full((), 1024, tl.int64) + tl.arange(0, 1024)
+        here = at < num_elements
+        bits = tl.load(weights + at, mask=here, other=0).to(WORD)
+        finite = (bits & ABS) < FIRST_NONFINITE
+        values = _values(tl.where(finite, bits, 0), FORMAT).to(tl.float64)
+        sum_sq += values * values
+        bins = tl.where(here & finite, _magnitude_bin(values, FORMAT), _NO_BIN)
+        histogram += tl.histogram(bins, NUM_BINS)
+    tl.store(sums + program, tl.sum(sum_sq, axis=0))
+    tl.store(histograms + program * NUM_BINS + tl.arange(0, NUM_BINS), histogram)
+
+
+@_jit
+def stripes(
+    mask: tl.tensor,
+    row_counts: tl.tensor,
+    column_counts: tl.tensor,
+    num_rows: tl.tensor,
+    row_length: tl.tensor,
+    num_bytes: tl.tensor,
+    ALIGNED: tl.constexpr,
+) -> None:
+    """Counts of set bits per row and column: a program has 128 rows of 2048 columns at most.
+
+    ``row_counts`` [strips, num_rows] and ``column_counts`` [blocks, row_length] are written.
+    ``ALIGNED``: rows begin at whole bytes.
+    """
+    block, strip = tl.program_id(0), tl.program_id(1)
+    column = (strip * 256 + tl.arange(0, 256)) * 8
+    left = row_length - column
+    low = tl.zeros((8, 256), tl.int32)  # one byte per column, at most 16 added to each
+    high = tl.zeros((8, 256), tl.int32)
+    for step in range(16):
+        row = block * 128 + step * 8 + tl.arange(0, 8)
+        bit = row.to(tl.int64)[:, None] * row_length + column[None, :]
+        here = (row < num_rows)[:, None] & (left > 0)[None, :]
+        byte = tl.load(mask + (bit >> 3), mask=here, other=0).to(tl.int32)
+        if not ALIGNED:
+            after = (bit >> 3) + 1
+            following = tl.load(mask + after, mask=here & (after < num_bytes), other=0)
+            byte = (byte | (following.to(tl.int32) << 8)) >> (bit & 7).to(tl.int32)
+            byte &= ((1 << tl.minimum(tl.maximum(left, 0), 8)) - 1)[None, :]
+        # The product puts bit i of a nibble into byte i.
+        first = ((byte & 15) * 0x204081) & 0x01010101
+        second = ((byte >> 4) * 0x204081) & 0x01010101
+        low += first
+        high += second
+        ones = ((first + second) * 0x01010101) >> 24
+        counts = tl.sum(ones, axis=1)
+        tl.store(row_counts + strip.to(tl.int64) * num_rows + row, counts, mask=row < num_rows)
+    column_counts += block.to(tl.int64) * row_length
+    for k in tl.static_range(4):
+        counts = tl.sum((low >> (8 * k)) & 255, axis=0)
+        tl.store(column_counts + column + k, counts, mask=left > k)
+        counts = tl.sum((high >> (8 * k)) & 255, axis=0)
+        tl.store(column_counts + column + 4 + k, counts, mask=left > 4 + k)
