@@ -1,6 +1,7 @@
 import functools
 import hashlib
 import http.server
+import io
 import json
 import os
 import pickle
@@ -84,6 +85,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted is None or "no ranges" in self.refused:
             return self.answer(200, content)
+        if "cut" in self.refused:  # promises more than it sends
+            self.send_response(206)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            self.close_connection = True
+            return self.wfile.write(content[:9])
         start, stop = int(wanted[1]), int(wanted[2] or len(content) - 1) + 1
         length = f"bytes {start}-{min(stop, len(content)) - 1}/{len(content)}"
         return self.answer(206, content[start:stop], Content_Range=length)
@@ -167,6 +174,10 @@ def test_web_failures_are_told_in_one_line(tmp_path, web):
     with pytest.raises(CheckpointError, match="support range requests"):
         checkpoint.read_bits("a", 10, 20)
     del refused["no ranges"]
+    refused["cut"] = 1
+    with pytest.raises(CheckpointError, match=r"cannot read http://\S+/model\.safetensors: \S+"):
+        checkpoint.read_bits("a")
+    del refused["cut"]
     whole = (tmp_path / "model" / "model.safetensors").read_bytes()
     (tmp_path / "model" / "model.safetensors").write_bytes(whole[:-9])
     with pytest.raises(CheckpointError, match=r"model\.safetensors was truncated while it was"):
@@ -240,6 +251,8 @@ class Hub(Handler):
             return self.answer(200, json.dumps(info).encode(), Content_Type="application/json")
         if repo == "org/gated":
             return self.answer(403, X_Error_Code="GatedRepo")
+        if name in self.refused:  # the branch has moved on
+            commit = COMMIT["step_5"]
         content = (folder / name).read_bytes()
         digest = hashlib.sha256(content).hexdigest()
         return self.answer(200, content, ETag=f'"{digest}"', X_Repo_Commit=commit)
@@ -343,6 +356,32 @@ def test_partly_cached_model_without_network(tmp_path):
         lost.write_bytes(content)
         (found,) = read_in_child(tmp_path / "org", address, "org/model")
         assert sorted(found[2]) == ["a", "b", "c"]
+
+
+def test_branch_that_moves_during_the_download(tmp_path):
+    planted.write_shards(tmp_path / "org" / "model" / COMMIT["main"], SHARDS)
+    moved = {"two.safetensors": 1}
+    with serve(functools.partial(Hub, root=tmp_path, log=[], refused=moved)) as address:
+        (error,) = read_in_child(tmp_path, address, "org/model@main")
+    assert re.search("org/model was changed while it was downloaded: try again", error)
+
+
+class Dripping(io.RawIOBase):
+    """Gives one or two bytes at a time."""
+
+    def __init__(self, content: bytes):
+        self.source = io.BytesIO(content)
+
+    def readinto(self, buffer) -> int:
+        return self.source.readinto(memoryview(buffer)[:2])
+
+
+def test_short_reads_are_continued():
+    buffer = bytearray(11)
+    files.fill(Dripping(bytes(range(11))), memoryview(buffer), Path("x"))
+    assert buffer == bytes(range(11))
+    with pytest.raises(CheckpointError, match="x was truncated"):
+        files.fill(Dripping(bytes(10)), memoryview(buffer), Path("x"))
 
 
 def test_local_files():

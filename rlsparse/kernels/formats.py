@@ -113,8 +113,7 @@ def empty_raw(raw: Any, histogram: Any) -> None:
         place = 0
         if index < 512:
             exponent = max(index % 256, 1) - 127  # subnormals are below the range anyway
-            clipped: Any = min(max(exponent, MIN_EXPONENT), MAX_EXPONENT)
-    place = 1 + clipped - MIN_EXPONENT
+            place = 1 + min(max(exponent, MIN_EXPONENT), MAX_EXPONENT) - MIN_EXPONENT
             place += NUM_EXPONENTS * (index // 256)
         bump(histogram, place, count)
 
