@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from pipelines import preset_command
 from pipelines.diff_command import diff
 from rlsparse.errors import ConfigError, RlsparseError
 
@@ -152,6 +153,7 @@ def report(
 
 
 app.command()(diff)
+app.add_typer(preset_command.app, name="preset")
 
 
 @app.command("make-base")

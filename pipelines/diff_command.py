@@ -8,13 +8,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlsparse.errors import ConfigError
+from rlsparse.errors import ConfigError, RlsparseError
 
 if TYPE_CHECKING:
     from rlsparse.diff import Diff, Row
@@ -67,7 +68,12 @@ def diff(
         bool, typer.Option("--per-tensor", help="Print a line per tensor too.")
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: the cores at hand.")] = None,
-    ray: Annotated[bool, typer.Option("--ray", help="Spread the work over a Ray cluster.")] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Spread the work over Ray, started here if need be.")
+    ] = False,
+    address: Annotated[
+        str | None, typer.Option(metavar="ADDR", help="Ray cluster for --ray, such as auto.")
+    ] = None,
     sft_model: Annotated[str | None, typer.Option("--sft_model", hidden=True)] = None,
     rl_model: Annotated[str | None, typer.Option("--rl_model", hidden=True)] = None,
     torch_dtype: Annotated[str | None, typer.Option("--torch_dtype", hidden=True)] = None,
@@ -79,7 +85,9 @@ def diff(
     first = _one_of(before, sft_model, "BEFORE", "--sft_model")
     second = _one_of(after, rl_model, "AFTER", "--rl_model")
     _check_outputs(json_path, out)
-    result = (_measure_on_ray if ray else _measure)(
+    if address is not None and not ray:
+        raise ConfigError(f"--address {address} is only for --ray; add it")
+    result = (partial(_measure_on_ray, address=address) if ray else _measure)(
         first, second, aliases=_aliases(alias or []), num_threads=threads,
         casts=[TORCH_DTYPES.get(name, name) for name in [*(cast or []), torch_dtype] if name],
         extra_tables=PAGE_TABLES if out else (),
@@ -133,12 +141,27 @@ def _check_outputs(json_path: str | None, out: Path | None) -> None:
 def _measure(before: str, after: str, **options: Any) -> "Diff":
     from rlsparse.diff import diff_checkpoints
 
-    with _progress("compare") as on_progress:
+    with progress("compare") as on_progress:
         return diff_checkpoints(before, after, on_progress=on_progress, **options)
 
 
-def _measure_on_ray(before: str, after: str, **options: Any) -> "Diff":
-    raise ConfigError("--ray: not built yet; leave it out")
+def _measure_on_ray(
+    before: str, after: str, *, address: str | None, num_threads: int | None, **options: Any
+) -> "Diff":
+    from pipelines.session import RaySession
+    from rlsparse.diff import plan_diff
+
+    if num_threads is not None:
+        raise ConfigError("--threads: with --ray a task has one core; leave one of the two out")
+    plan_diff(before, after, **options)  # mistakes are told before Ray starts
+    with RaySession(address) as session, progress("compare") as on_progress:
+        session.start()
+        from pipelines.pairs import diff_pairs
+
+        (result,) = diff_pairs([(before, after)], on_progress=on_progress, **options)
+    if isinstance(result, RlsparseError):
+        raise result
+    return result
 
 
 def _spectra(result: "Diff", method: Spectrum) -> "list[Row]":
@@ -151,12 +174,12 @@ def _spectra(result: "Diff", method: Spectrum) -> "list[Row]":
             if on_progress:
                 on_progress(num_bytes, done[-1])
 
-    with _progress("spectrum") as on_progress:
+    with progress("spectrum") as on_progress:
         return spectrum_rows(counted(on_progress), view=result.views[0], method=method.value)
 
 
 @contextmanager
-def _progress(label: str) -> Iterator[OnProgress | None]:
+def progress(label: str) -> Iterator[OnProgress | None]:
     """A bar with bytes, speed and time left on a terminal, if the work is worth one."""
     if not sys.stderr.isatty():
         yield None

@@ -24,6 +24,8 @@ from rlsparse.errors import CheckpointError
 from rlsparse.kernels import ChunkCounts, magnitude_histogram, new_workspace, stripe_counts
 from rlsparse.matching import Matching, TensorPair, match_tensors
 from rlsparse.names import layer_and_module
+from rlsparse.patch import METADATA_KEY, Patch, verify_patch
+from rlsparse.patch.side import open_side
 from rlsparse.tensor_file import bits_dtype
 from rlsparse.views import ViewScan, check_view
 
@@ -45,6 +47,8 @@ class DiffPlan:
         matching: their corresponding tensors, and the accounting.
         views: number formats in which they are compared, the primary one first.
         extra_tables: of ``EXTRA_TABLES``: what to make besides ``tensor_deltas``.
+        patch: what ``after`` is made of, if it is not stored; whoever runs the jobs verifies it
+            once, with ``verify_patch``.
     """
 
     before: Checkpoint
@@ -52,6 +56,7 @@ class DiffPlan:
     matching: Matching
     views: tuple[str, ...]
     extra_tables: frozenset[str]
+    patch: Patch | None = None
 
     def jobs(self) -> Iterator["Job"]:
         """All chunks to compare, in the order of the rows."""
@@ -139,7 +144,7 @@ def diff_checkpoints(
 
     Args:
         before: what ``Checkpoint.open`` takes: folder, file, hub id, URL.
-        after: likewise.
+        after: likewise; or a patch against ``before``, whose checksums are checked first.
         casts: number formats to which both sides are rounded first, the primary one first; needed
             where stored formats differ, and then the view ``stored`` is reported too.
         aliases: prefix of names after -> prefix before.
@@ -149,8 +154,11 @@ def diff_checkpoints(
 
     Raises:
         CheckpointError: unreadable, formats differ without a cast, or nothing in common.
+        PatchError: the patch is damaged or of another base.
     """
     plan = plan_diff(before, after, casts=casts, aliases=aliases, extra_tables=extra_tables)
+    if plan.patch:
+        verify_patch(plan.before, plan.patch)
     jobs = list(plan.jobs())
     total, done = sum(job.size_bytes for job in jobs), 0
     parts: list[Tables] = []
@@ -177,11 +185,15 @@ def plan_diff(
 
     Raises:
         CheckpointError: as ``diff_checkpoints``.
+        PatchError: likewise, but for bases and results with another checksum.
     """
     for cast in casts:
         check_view(cast, VIEWS[1:])
     assert set(extra_tables) <= set(EXTRA_TABLES), extra_tables
-    left, right = Checkpoint.open(before), Checkpoint.open(after)
+    left = Checkpoint.open(before)
+    if METADATA_KEY in left.metadata:
+        raise CheckpointError(f"{left.path} is a patch; give its base before and the patch after")
+    right, patch = open_side(after, left)
     if str(left.path) == str(right.path) or _is_same(left.path, right.path):
         raise CheckpointError(f"both sides are the same checkpoint, {left.path}; give another one")
     matching = match_tensors(left, right, aliases)
@@ -195,7 +207,7 @@ def plan_diff(
             f"to compare them in: {' or '.join(choices) or 'none fits'}"
         )
     views = (*dict.fromkeys(casts), "stored") if mixed else tuple(dict.fromkeys(casts))
-    return DiffPlan(left, right, matching, views or ("stored",), frozenset(extra_tables))
+    return DiffPlan(left, right, matching, views or ("stored",), frozenset(extra_tables), patch)
 
 
 def measure_chunk(job: Job, scratch: "Scratch") -> Tables:
@@ -238,7 +250,7 @@ def measure_chunk(job: Job, scratch: "Scratch") -> Tables:
             tables["stripes"].append({"trial_id": None, **steps, "view": view, **tensor} | stripe)
     if "base_tensors" in extra:
         sums = {"sum_sq": sum_sq, "magnitude_histogram": magnitudes.tolist()}
-        stored = {"shape": list(pair.before.shape), "dtype": pair.before.dtype}
+        stored = {"shape": list(pair.shape), "dtype": pair.before.dtype}
         tables["base_tensors"].append({"base": None, **tensor, **stored, **place, **sums})
     return tables
 

@@ -173,7 +173,7 @@ def stripe_counts(
     if bits.numel():
         with torch.cuda.device(bits.get_device()):
             code.stripes[(blocks, strips)](
-                bits, rows, columns, num_rows, row_length, bits.numel(),
+                bits, rows, columns, num_rows, row_length, -(-row_length // 8), bits.numel(),
                 ALIGNED=row_length % 8 == 0, num_warps=4,
             )  # fmt: skip
     return rows.sum(0), columns.sum(0)
@@ -213,7 +213,7 @@ def _num_programs(num_tiles: int, device: torch.device) -> int:
 def _partials(
     programs: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Zeroed counts, sums and histograms, a row per program; a program sees less than 2^31 pairs."""
+    """Zeroed counts, sums and histograms, a row per program (each sees less than 2^31 pairs)."""
     return (
         torch.zeros(programs, code.NUM_COUNTS.value, dtype=torch.int32, device=device),
         torch.zeros(programs, code.NUM_SUMS.value, dtype=torch.float64, device=device),

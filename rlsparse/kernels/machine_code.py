@@ -10,6 +10,7 @@ writable cache each process compiles anew.
 import ctypes
 import hashlib
 import os
+import threading
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
@@ -23,15 +24,23 @@ from rlsparse.tensor_file import atomic_write
 _SOURCES = ("counting.py", "cpu.py", "formats.py", "layout.py", "machine_code.py", "vectors.py")
 
 
-@cache
+_one_at_a_time = threading.RLock()  # neither LLVM's engine nor numba may be entered twice
+
+
 def load(name: str, num_pointers: int, num_integers: int = 0) -> Callable[..., None]:
-    """A kernel of ``cpu.KERNELS`` as a function that releases the GIL.
+    """A kernel of ``cpu`` or ``counting`` as a function that releases the GIL.
 
     Args:
         name: of the kernel.
         num_pointers: its arguments that are addresses of array data; they come first.
         num_integers: the int64 arguments after them.
     """
+    with _one_at_a_time:
+        return _load(name, num_pointers, num_integers)
+
+
+@cache
+def _load(name: str, num_pointers: int, num_integers: int) -> Callable[..., None]:
     file = _cache_folder() / f"{name}-{_key()}.o"
     try:
         code = file.read_bytes()

@@ -209,7 +209,7 @@ def density_heat_map(algorithm: str, rows: Sequence[Row], top: float) -> Markup:
 def _bare_percent(value: float) -> str:
     if math.isnan(value):
         return ""
-    return f"{100 * value:.0f}" if value >= 0.0995 else f"{100 * value:.1g}"
+    return f"{100 * value:.0f}" if value >= 0.0095 else f"{100 * value:.1g}"
 
 
 def _heat_map(ax: Any, values: Any, texts: list[list[str]], norm: Normalize, palette: str) -> None:
