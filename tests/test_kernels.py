@@ -360,6 +360,20 @@ def test_casting_up_is_exact():
     assert np.isnan(back[~numbers].view(FLOATS["bf16"])).all()
 
 
+@pytest.mark.parametrize("source", ["bf16", "fp16", "fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("target", ["fp32", "bf16", "fp16", "fp8_e4m3"])
+def test_many_weights_are_cast_as_few_are(source, target):
+    rng = np.random.default_rng(4)
+    bits = rng.integers(0, 2 ** WIDTH[source], 5000, unsigned(source))
+    few = [
+        kernels.cast_bits(bits[start : start + 100], source, target)
+        for start in range(0, 5000, 100)
+    ]
+    found = kernels.cast_bits(bits, source, target)
+    assert found.dtype == unsigned(target)
+    assert np.array_equal(found, np.concatenate(few))
+
+
 def test_casts_agree_with_torch():
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(7)

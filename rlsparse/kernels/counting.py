@@ -16,7 +16,15 @@ from rlsparse.kernels.formats import (
     empty_raw,
     magnitude_bin,
 )
-from rlsparse.kernels.vectors import add_to_planes, advance, count_bits, load, part, store
+from rlsparse.kernels.vectors import (
+    add_to_planes,
+    advance,
+    count_bits,
+    inlined,
+    load,
+    part,
+    store,
+)
 
 _BLOCK_WORDS = 1024  # of each mask per pass: a pair of blocks stays in the fastest cache
 
@@ -27,7 +35,8 @@ def _magnitudes_for(kind: Format) -> tuple[Callable[..., None], Any]:
     magnitude, first_nonfinite = item(2 ** (kind.width - 1) - 1), item(kind.first_nonfinite)
     value = kind.value
 
-    def wide(bits: Any, histogram: Any, floats: Any, workspace: Any, n: Any) -> None:
+    @inlined
+    def careful(bits: Any, histogram: Any, floats: Any, workspace: Any, n: Any) -> None:
         for i in range(n):
             code = load(bits, i)
             if code & magnitude < first_nonfinite:
@@ -38,24 +47,24 @@ def _magnitudes_for(kind: Format) -> tuple[Callable[..., None], Any]:
     def narrow(bits: Any, histogram: Any, floats: Any, workspace: Any, n: Any) -> None:
         x, codes = part(workspace, at.X, np.float32), part(workspace, at.X, np.uint32)
         bins, raw = part(workspace, at.BINS, np.uint16), part(workspace, at.RAW, np.int32)
-        total = 0.0
         for start in range(0, n, at.BLOCK):
-            num = 0
-            for i in range(start, min(n, start + at.BLOCK)):
-                code = load(bits, i)
-                if code & magnitude < first_nonfinite:
-                    store(x, num, value(code))
-                    num += 1
-            for i in range(num):
+            block, size = advance(bits, start), min(at.BLOCK, n - start)
+            total = 0.0
+            for i in range(size):
+                store(x, i, value(load(block, i)))
+            for i in range(size):
                 total += np.float64(load(x, i)) * np.float64(load(x, i))
-            bin_magnitudes(codes, bins, raw, num)
-        bump(floats, at.SUM_SQ_BEFORE, total)
+            if total < np.inf:
+                bump(floats, at.SUM_SQ_BEFORE, total)
+                bin_magnitudes(codes, bins, raw, size)
+            else:
+                careful(block, histogram, floats, workspace, size)
         empty_raw(raw, histogram)
 
     pointer, counts = types.CPointer(kind.item), types.CPointer(types.int64)
     sums, workspace = types.CPointer(types.float64), types.CPointer(types.uint8)
     signature = types.void(pointer, counts, sums, workspace, types.int64)
-    return wide if kind.width == 64 else narrow, signature
+    return careful if kind.width == 64 else narrow, signature
 
 
 def _stripes() -> tuple[Callable[..., None], Any]:

@@ -48,7 +48,7 @@ class _Format:
 
         fp32 tolerances are rounded down: a difference on the grid of fp32 is beyond the tolerance
         iff it is beyond the next fp32 below. The relative one is a factor, and no two codes of a
-        format of at most 16 bits lie so near 1e-3 that its rounding decides (checked for all).
+        format of at most 16 bits lie so near 1e-3 that its rounding decides.
         """
         exact = tuple(float(tau) for tau in (*ABS_TOLERANCES, REL_TOLERANCE))
         if self.size_bytes >= 4:
@@ -172,9 +172,9 @@ def stripe_counts(
     columns = torch.zeros(blocks, row_length, dtype=torch.int32, device=bits.device)
     if bits.numel():
         with torch.cuda.device(bits.get_device()):
-            code.stripes[(blocks, strips)](
+            code.stripes[(blocks * strips,)](
                 bits, rows, columns, num_rows, row_length, -(-row_length // 8), bits.numel(),
-                ALIGNED=row_length % 8 == 0, num_warps=4,
+                strips, ALIGNED=row_length % 8 == 0, **{**_LAUNCH, "num_warps": 4},
             )  # fmt: skip
     return rows.sum(0), columns.sum(0)
 

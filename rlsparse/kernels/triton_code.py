@@ -244,14 +244,17 @@ def magnitudes(
 @_jit
 def stripes(
     mask: tl.tensor, row_counts: tl.tensor, column_counts: tl.tensor, num_rows: tl.tensor,
-    row_length: tl.tensor, row_bytes: tl.tensor, num_bytes: tl.tensor, ALIGNED: tl.constexpr,
+    row_length: tl.tensor, row_bytes: tl.tensor, num_bytes: tl.tensor, num_strips: tl.tensor,
+    ALIGNED: tl.constexpr,
 ) -> None:  # fmt: skip
     """Set bits per row and column; a program takes 128 rows of 256 groups of 8 columns.
 
-    ``mask``: ``num_bytes`` bytes. ``row_counts`` [strips, num_rows] and ``column_counts`` [blocks,
-    row_length] are written. ``row_bytes``: groups in a row. ``ALIGNED``: rows start at whole bytes.
+    ``mask``: ``num_bytes`` bytes. ``row_counts`` [num_strips, num_rows] and ``column_counts``
+    [blocks, row_length] are written. ``row_bytes``: groups in a row. ``ALIGNED``: rows start at
+    whole bytes.
     """
-    block, strip = tl.program_id(0), tl.program_id(1)
+    block = tl.program_id(0) // num_strips
+    strip = (tl.program_id(0) % num_strips).to(tl.int64)
     group = strip * 256 + tl.arange(0, 256)
     low = tl.zeros((8, 256), tl.int32)  # a byte for each of four columns, at most 16 in each
     high = tl.zeros((8, 256), tl.int32)
@@ -269,14 +272,14 @@ def stripes(
             after = tl.load(mask + at + 1, mask=here & (at + 1 < num_bytes), other=0)
             byte = (byte | (after.to(tl.int32) << 8)) >> (bit & 7).to(tl.int32)
             left = tl.minimum(tl.maximum(row_length - group * 8, 0), 8)
-            byte &= ((1 << left) - 1)[None, :]
+            byte &= ((1 << left.to(tl.int32)) - 1)[None, :]
         # The product puts bit i of a nibble into byte i.
         first = ((byte & 15) * 0x204081) & 0x01010101
         second = ((byte >> 4) * 0x204081) & 0x01010101
         low += first
         high += second
         ones = tl.sum(((first + second) * 0x01010101) >> 24, axis=1)
-        tl.store(row_counts + strip.to(tl.int64) * num_rows + row, ones, mask=row < num_rows)
+        tl.store(row_counts + strip * num_rows + row, ones, mask=row < num_rows)
     column_counts += block.to(tl.int64) * row_length
     for k in tl.static_range(4):
         column = group * 8 + k
