@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 
 ifeq ($(TORCH),keep)
 VENV_FLAGS := --system-site-packages
-PINS := grep -v '^torch==' constraints.txt
+PINS := grep -v '^torch==\|^triton==' constraints.txt
 else
 PINS := cat constraints.txt
 endif
@@ -39,3 +39,6 @@ acceptance: venv
 
 bench: venv
 	$(BIN)/python tests/benchmarks/bench_measure.py
+	$(BIN)/python tests/benchmarks/bench_diff.py
+	$(BIN)/python tests/benchmarks/bench_pairs.py
+	$(BIN)/python tests/benchmarks/bench_gpu.py

@@ -1,6 +1,6 @@
 """The frame holds: the README's tree is complete, imports stay light, modules stay small."""
 
-import importlib
+import importlib.util
 import pkgutil
 import re
 import subprocess
@@ -80,6 +80,9 @@ def test_help_is_light(command):
 def test_every_module_imports_and_is_documented():
     for package in ("rlsparse", "pipelines"):
         for info in pkgutil.walk_packages([str(ROOT / package)], f"{package}."):
+            needs_triton = info.name.endswith(("kernels.gpu", "kernels.triton_code"))
+            if needs_triton and not importlib.util.find_spec("triton"):
+                continue  # there is none but for Linux
             if not info.name.endswith("__main__"):
                 assert importlib.import_module(info.name).__doc__, info.name
 

@@ -175,7 +175,7 @@ def measure(before: "Bits | torch.Tensor", after: "Bits | torch.Tensor", dtype: 
     Args:
         before: bits, shape [n]; or a CUDA tensor of any shape, which is measured where it is.
         after: likewise.
-        dtype: short name of the format of both.
+        dtype: short name of the format of both; tensors say it themselves.
 
     Raises:
         CheckpointError: the lengths or the widths differ.
@@ -190,19 +190,21 @@ def measure(before: "Bits | torch.Tensor", after: "Bits | torch.Tensor", dtype: 
     return scan.counts()
 
 
-def stripe_counts(
-    mask: NDArray[np.uint8], num_rows: int, num_columns: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def stripe_counts(mask: Any, num_rows: int, num_columns: int) -> tuple[Any, Any]:
     """Changed weights per row and per column.
 
     Args:
-        mask: packed mask of whole rows, as in ``ChunkCounts``.
+        mask: packed mask of whole rows, as in ``ChunkCounts``; an array or a CUDA tensor.
         num_rows: rows in it.
         num_columns: weights per row.
 
     Returns:
-        Counts of shapes [num_rows] and [num_columns].
+        int64 counts of shapes [num_rows] and [num_columns], arrays or tensors as ``mask`` is.
     """
+    if not isinstance(mask, np.ndarray):
+        from rlsparse.kernels import gpu
+
+        return gpu.stripe_counts(mask, num_rows, num_columns)
     rows, columns = np.zeros(num_rows, np.int64), np.zeros(num_columns, np.int64)
     stride = -(-num_columns // 512) * 8
     planes = np.zeros(9 * stride, np.uint64)
@@ -221,14 +223,22 @@ def _words(mask: NDArray[np.uint8]) -> NDArray[np.uint64]:
     return mask.view(np.uint64)
 
 
-def magnitude_histogram(bits: Bits, dtype: str) -> tuple[NDArray[np.int64], float]:
+def magnitude_histogram(bits: "Bits | torch.Tensor", dtype: str) -> tuple[NDArray[np.int64], float]:
     """Weights by power of two, as ``definitions.NUM_MAGNITUDE_BINS`` says, and sum of squares.
 
     Non-finite weights are in neither; formats without values give zeros.
 
+    Args:
+        bits: shape [n]; or a CUDA tensor of any shape.
+        dtype: short name of their format; a tensor says it itself.
+
     Returns:
         Histogram of shape [NUM_MAGNITUDE_BINS], and the sum.
     """
+    if not isinstance(bits, np.ndarray):
+        from rlsparse.kernels import gpu
+
+        return gpu.magnitude_histogram(bits)
     histogram = np.zeros(NUM_MAGNITUDE_BINS, np.int64)
     if dtype not in FLOATS:
         return histogram, 0.0

@@ -52,7 +52,7 @@ def test_no_temporary_file_is_left(study_run: StudyRun) -> None:
     assert not (study_run.folder / "driver.lock").exists()
 
 
-@pytest.mark.parametrize("name", tables.SCHEMAS)
+@pytest.mark.parametrize("name", sorted(tables.SCHEMAS.keys() - {"spectra", "stripes"}))
 def test_every_table_fits_its_schema(study_run: StudyRun, name: str) -> None:
     files = [study_run.folder / "tables" / f"{name}.parquet"]
     if name == "eval":  # stays with its trial

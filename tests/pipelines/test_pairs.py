@@ -5,13 +5,14 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import planted
+import pyarrow as pa
 import pytest
 import ray
 from command import Command
@@ -174,6 +175,24 @@ def test_tasks_are_cut_by_bytes(tmp_path: Path, small_chunks: None) -> None:
     assert list(pairs._cut([], 1)) == []
 
 
+def test_results_out_of_order_and_twice(
+    tmp_path: Path, small_chunks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def backwards(task: Callable, items: list[dict]) -> Iterator[tuple[int, pa.Table]]:
+        for item in items[:0:-1] + items[::-1]:
+            yield item["number"], task(pa.Table.from_pylist([item]))
+
+    monkeypatch.setattr(pairs, "_on_all_nodes", backwards)
+    made = [planted.make_pair(tmp_path / str(n), seed=n) for n in range(3)]
+    sides = [(pair.before, pair.after) for pair in made]
+    steps: list[tuple[int, int]] = []
+    found = diff_pairs(sides, task_bytes=1000, on_progress=lambda *now: steps.append(now), **ALL)
+    for one, pair in zip(found, sides, strict=True):
+        assert_same(one, diff_checkpoints(*pair, **ALL))
+    assert steps == sorted(steps)
+    assert steps[-1][0] == steps[-1][1]
+
+
 def test_what_travels_is_narrow_and_large_typed(tmp_path: Path) -> None:
     """Two million weights of three views come back in a few kilobytes, none of them a weight."""
     shapes = {QUERY: (2048, 1024)}
@@ -181,7 +200,7 @@ def test_what_travels_is_narrow_and_large_typed(tmp_path: Path) -> None:
     for options, limit in (({}, 10_000), ({"extra_tables": ["stripes"]}, 10_000 + 3 * 8 * 3072)):
         plan = plan_diff(pair.before, pair.after, casts=["bf16", "fp16", "fp32"], **options)
         (item,) = pairs._items([list(plan.jobs())])
-        row = pairs.measure(pairs.pa.Table.from_pylist([item]))
+        row = pairs.measure(pa.Table.from_pylist([item]))
         assert row.num_rows == 1
         assert row.nbytes < limit
         assert len(item["work"]) < 2000
