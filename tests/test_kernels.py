@@ -1,6 +1,7 @@
 import bisect
 import math
 import os
+import platform
 import subprocess
 import sys
 
@@ -238,6 +239,39 @@ def test_kernels_are_compiled_once_per_machine(tmp_path):
         assert done.stdout.strip() == expected
     (object_file,) = (tmp_path / "cache").glob("scan_bf16-*.o")
     assert object_file.stat().st_size > 1000
+
+
+OTHER_PROCESSOR = """
+import os, sys
+os.environ |= {"NUMBA_CPU_NAME": "x86-64-v2", "NUMBA_CPU_FEATURES": "+sse4.2,+popcnt"}
+import llvmlite.binding as llvm
+features = llvm.get_host_cpu_features()
+features.clear()
+features.update({"sse4.2": True, "popcnt": True})
+llvm.get_host_cpu_name, llvm.get_host_cpu_features = lambda: "x86-64-v2", lambda: features
+import numpy as np
+from rlsparse.kernels import measure
+counts = measure(np.load(sys.argv[1]), np.load(sys.argv[2]), sys.argv[3])
+print([value for name, value in vars(counts).items() if name not in ("mask", "sum_sq_before")])
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="poses as an older x86 processor")
+def test_a_processor_without_wide_vectors_counts_the_same(tmp_path):
+    before, after = moved(np.random.default_rng(8), "fp16", 5000, 0.3)
+    after[1200] = FIRST_NONFINITE["fp16"]
+    files = [tmp_path / "before.npy", tmp_path / "after.npy"]
+    for file, bits in zip(files, (before, after), strict=True):
+        np.save(file, bits)
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_PROCESSOR, *map(str, files), "fp16"],
+        env=os.environ | {"RLSPARSE_CACHE_DIR": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    counts = vars(kernels.measure(before, after, "fp16"))
+    assert done.stdout.strip() == str(
+        [value for name, value in counts.items() if name not in ("mask", "sum_sq_before")]
+    )
 
 
 def test_definitions_on_known_pairs():

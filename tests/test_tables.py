@@ -11,7 +11,9 @@ CLAIM = {"id": "a", "verdict": "undecided", "num_runs": 4}
 
 
 def test_every_table_of_the_contract_is_there():
-    names = "trials steps eval base_tensors tensor_deltas stripes masks overlaps spectra effects claims"
+    names = (
+        "trials steps eval base_tensors tensor_deltas stripes masks overlaps spectra effects claims"
+    )
     assert set(tables.SCHEMAS) == set(names.split())
     for schema in tables.SCHEMAS.values():
         assert schema.metadata == {b"rlsparse_schema": tables.SCHEMA_VERSION.encode()}

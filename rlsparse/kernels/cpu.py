@@ -241,7 +241,8 @@ def _scan_for(kind: Format) -> tuple[Callable[..., None], Any]:
     """The diff kernel of a format of at most 32 bits."""
     item = np.dtype(f"u{kind.width // 8}").type
     careful, exact_squares = _careful_for(kind), _exact_squares_for(kind)
-    judge, sum_squares, gather = _judge_for(kind), squares_for(kind.name), gather_for(kind.width)
+    judge, gather = _judge_for(kind), gather_for(kind.width)
+    sum_squares = squares_for(kind.first_nonfinite, kind.shift, kind.raised)
 
     @inlined
     def sweep(

@@ -13,70 +13,74 @@ from rlsparse.kernels.vectors import (
     bits_of_double,
     double_of_bits,
     float_of_bits,
-    float_of_half_bits,
     inlined,
     load,
     store,
 )
 
 
-@inlined
-def _from_bf16(bits: Any) -> Any:
-    return float_of_bits(np.uint32(np.uint32(bits) << np.uint32(16)))
-
-
-@inlined
-def _from_e4m3(bits: Any) -> Any:
-    # A half with the same digits has an exponent 8 too small; all-ones, the NaN, stays one.
-    if bits & np.uint16(0x7F) == 0x7F:
-        return np.float32(np.nan)
-    half = ((bits & np.uint16(0x80)) << np.uint16(8)) | ((bits & np.uint16(0x7F)) << np.uint16(7))
-    return np.float32(float_of_half_bits(np.uint16(half)) * np.float32(256))
-
-
-@inlined
-def _from_fp16(bits: Any) -> Any:
-    return float_of_half_bits(np.uint16(bits))
-
-
-@inlined
-def _from_e5m2(bits: Any) -> Any:
-    return float_of_half_bits(np.uint16(np.uint16(bits) << np.uint16(8)))
-
-
-@inlined
-def _from_fp32(bits: Any) -> Any:
-    return float_of_bits(np.uint32(bits))
-
-
-@inlined
-def _from_fp64(bits: Any) -> Any:
-    return double_of_bits(np.uint64(bits))
-
-
 @dataclass(frozen=True)
 class Format:
-    """A number format: its unsigned integer, its first codes beyond the finite, its values."""
+    """A number format: its unsigned integer, its first codes beyond the finite, its values.
 
-    name: str
+    A finite code of at most 16 bits, its sign apart, becomes a float32 when its digits are moved by
+    ``shift`` and its exponent is raised by ``raised``; ``vectors`` says what subnormal ones need.
+    """
+
     item: Any
     first_nonfinite: int
     first_nan: int
-    value: Callable[[Any], Any]
+    shift: int = 0
+    raised: int = 0
 
     @property
     def width(self) -> int:
         """Bits of a weight."""
         return int(self.item.bitwidth)
 
+    @property
+    def value(self) -> Callable[[Any], Any]:
+        """Value of a code: float32, float64 for fp64; NaN where it is not finite."""
+        if self.width == 64:
+            return double_of_bits
+        if self.width == 32:
+            return float_of_bits
+        return _from_bf16 if self.shift == 16 else _small_value_of(self)
+
+
+def _small_value_of(kind: Format) -> Callable[[Any], Any]:
+    magnitude_bits = np.uint32(2 ** (kind.width - 1) - 1)
+    first_nonfinite, sign = np.uint32(kind.first_nonfinite), np.uint32(2 ** (kind.width - 1))
+    shift, first_normal = np.uint32(kind.shift), np.uint32(2 ** (23 - kind.shift))
+    raised, one = np.uint32(kind.raised << 23), np.uint32(1 << 23)
+
+    @inlined
+    def small_value(code: Any) -> Any:
+        bits = np.uint32(code)
+        magnitude = np.uint32(bits & magnitude_bits)
+        moved = np.uint32(np.uint32(magnitude << shift) + raised)
+        # A subnormal code lacks the leading one that float32 implies: add it, subtract its value.
+        is_subnormal = magnitude < first_normal
+        lead = float_of_bits(np.uint32(raised + one)) if is_subnormal else np.float32(0)
+        size = float_of_bits(np.uint32(moved + one) if is_subnormal else moved) - lead
+        size = np.float32(np.nan) if magnitude >= first_nonfinite else np.float32(size)
+        return np.float32(-size) if bits & sign else size
+
+    return small_value
+
+
+@inlined
+def _from_bf16(code: Any) -> Any:
+    return float_of_bits(np.uint32(np.uint32(code) << np.uint32(16)))
+
 
 FORMATS = {
-    "bf16": Format("bf16", types.uint16, 0x7F80, 0x7F81, _from_bf16),
-    "fp16": Format("fp16", types.uint16, 0x7C00, 0x7C01, _from_fp16),
-    "fp32": Format("fp32", types.uint32, 0x7F80_0000, 0x7F80_0001, _from_fp32),
-    "fp64": Format("fp64", types.uint64, 0x7FF0_0000_0000_0000, 0x7FF0_0000_0000_0001, _from_fp64),
-    "fp8_e4m3": Format("fp8_e4m3", types.uint8, 0x7F, 0x7F, _from_e4m3),
-    "fp8_e5m2": Format("fp8_e5m2", types.uint8, 0x7C, 0x7D, _from_e5m2),
+    "bf16": Format(types.uint16, 0x7F80, 0x7F81, 16),
+    "fp16": Format(types.uint16, 0x7C00, 0x7C01, 13, 112),
+    "fp32": Format(types.uint32, 0x7F80_0000, 0x7F80_0001),
+    "fp64": Format(types.uint64, 0x7FF0_0000_0000_0000, 0x7FF0_0000_0000_0001),
+    "fp8_e4m3": Format(types.uint8, 0x7F, 0x7F, 20, 120),
+    "fp8_e5m2": Format(types.uint8, 0x7C, 0x7D, 21, 112),
 }
 
 

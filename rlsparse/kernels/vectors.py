@@ -4,11 +4,13 @@ LLVM turns them into whatever the processor has (AVX-512, AVX2, NEON). One bit o
 for one weight, the lowest for the first: the layout of Arrow's bitmaps.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache, reduce
 from typing import Any, TypeVar
 
 import llvmlite.binding as llvm
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, register_jitable
@@ -75,17 +77,34 @@ def at_most_each(context: Any, values: Any, limits: Any, index: Any) -> Any:
     return types.uint64(values, limits, types.int64), code
 
 
-def _code_for(name: str) -> Callable[[Any, Any], Any]:
-    """LLVM code that turns 64 codes of a format into vectors of their values, in any order."""
+@cache
+def squares_for(first_nonfinite: int, shift: int, raised: int) -> Callable[..., Any]:
+    """sum_squares(bits, index): of the 64 values from there on, as a float64.
 
-    def halves(builder: Any, bits: Any) -> Any:
-        half, single = (ir.VectorType(kind, LANES) for kind in (ir.HalfType(), ir.FloatType()))
-        return [builder.fpext(builder.bitcast(bits, half), single)]
+    NaN or infinite if one of them is. Squares of at most 16 bits are added in fp32, as a tree:
+    relative error below 4e-7. The arguments are those of ``formats.Format``.
+    """
 
-    def to_shorts(builder: Any, bits: Any) -> Any:
-        return builder.zext(bits, ir.VectorType(ir.IntType(16), LANES))
+    def singles(builder: Any, bits: Any) -> list[Any]:
+        """The float32 values without their signs, in any order."""
+        lanes, values = (ir.VectorType(kind, LANES) for kind in (ir.IntType(32), ir.FloatType()))
 
-    def from_bf16(builder: Any, bits: Any) -> Any:
+        def repeat(number: int) -> Any:
+            return lanes([number] * LANES)
+
+        codes = builder.zext(builder.and_(bits, bits.type(_all_but_sign(bits))), lanes)
+        moved = builder.add(builder.shl(codes, repeat(shift)), repeat(raised << 23))
+        # A subnormal code lacks the leading one that float32 implies: add it, subtract its value.
+        is_normal = builder.icmp_unsigned(">=", codes, repeat(2 ** (23 - shift)))
+        one, lead = repeat(1 << 23), values([2.0 ** (raised + 1 - 127)] * LANES)
+        led = builder.bitcast(builder.add(moved, one), values)
+        small = builder.fsub(led, lead)
+        sizes = builder.select(is_normal, builder.bitcast(moved, values), small)
+        is_finite = builder.icmp_unsigned("<", codes, repeat(first_nonfinite))
+        return [builder.select(is_finite, sizes, values([math.nan] * LANES))]
+
+    def halves_of_singles(builder: Any, bits: Any) -> list[Any]:
+        """The values of bf16, the upper half of a float32: the even ones, and the odd ones."""
         words = ir.VectorType(ir.IntType(32), LANES // 2)
         values = ir.VectorType(ir.FloatType(), LANES // 2)
         pairs = builder.bitcast(bits, words)
@@ -93,45 +112,14 @@ def _code_for(name: str) -> Callable[[Any, Any], Any]:
         odd = builder.and_(pairs, words([0xFFFF0000] * (LANES // 2)))
         return [builder.bitcast(side, values) for side in (even, odd)]
 
-    def from_e4m3(builder: Any, bits: Any) -> Any:
-        # A half with the same digits has an exponent 8 too small; all-ones, the NaN, stays one.
-        shorts = to_shorts(builder, bits)
-
-        def repeat(number: int) -> Any:
-            return shorts.type([number] * LANES)
-
-        sign = builder.shl(builder.and_(shorts, repeat(0x80)), repeat(8))
-        digits = builder.and_(shorts, repeat(0x7F))
-        half = builder.or_(sign, builder.shl(digits, repeat(7)))
-        is_nan = builder.icmp_unsigned("==", digits, repeat(0x7F))
-        (wide,) = halves(builder, builder.select(is_nan, repeat(0x7E00), half))
-        return [builder.fmul(wide, wide.type([256.0] * LANES))]
-
-    def from_e5m2(builder: Any, bits: Any) -> Any:
-        shorts = to_shorts(builder, bits)
-        return halves(builder, builder.shl(shorts, shorts.type([8] * LANES)))
-
-    def from_fp32(builder: Any, bits: Any) -> Any:
+    def doubles(builder: Any, bits: Any) -> list[Any]:
         single, double = (ir.VectorType(kind, LANES) for kind in (ir.FloatType(), ir.DoubleType()))
         return [builder.fpext(builder.bitcast(bits, single), double)]
-
-    return {
-        "bf16": from_bf16, "fp16": halves, "fp32": from_fp32, "fp8_e4m3": from_e4m3,
-        "fp8_e5m2": from_e5m2,
-    }[name]  # fmt: skip
-
-
-@cache
-def squares_for(name: str) -> Callable[..., Any]:
-    """sum_squares(bits, index): of the 64 values from there on, as a float64.
-
-    The squares of narrow formats are added in fp32, as a tree: relative error below 4e-7.
-    """
-    values_of = _code_for(name)
 
     @_lowered
     def sum_squares(context: Any, bits: Any, index: Any) -> Any:
         def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            values_of = {0: doubles, 16: halves_of_singles}.get(shift, singles)
             vectors = values_of(builder, _load(builder, args[0], args[1]))
             flags = ("reassoc", "contract")
             squares = reduce(
@@ -148,6 +136,10 @@ def squares_for(name: str) -> Callable[..., Any]:
         return types.float64(bits, types.int64), code
 
     return sum_squares
+
+
+def _all_but_sign(bits: Any) -> list[int]:
+    return [2 ** (bits.type.element.width - 1) - 1] * LANES
 
 
 def _function(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
@@ -231,16 +223,6 @@ def float_of_bits(context: Any, bits: Any) -> Any:
     return types.float32(types.uint32), lambda context, builder, signature, args: builder.bitcast(
         args[0], ir.FloatType()
     )
-
-
-@_lowered
-def float_of_half_bits(context: Any, bits: Any) -> Any:
-    """The value of the float16 with these bits."""
-
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(types.uint16), code
 
 
 @_lowered
@@ -367,6 +349,6 @@ def _compress_for(width: int) -> Callable[..., Any]:
 def _walk(source: Any, index: Any, mask: Any, target: Any, place: Any) -> Any:
     while mask != 0:
         store(target, place, load(source, index + lowest_bit(mask)))
-        mask &= mask - 1
+        mask &= mask - np.uint64(1)
         place += 1
     return place
