@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +14,7 @@ from rich.table import Table
 
 from pipelines import preset_command
 from pipelines.diff_command import diff
-from rlsparse.errors import ConfigError, RlsparseError
+from rlsparse.errors import ConfigError, RlsparseError, RlsparseWarning
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -36,8 +38,9 @@ Overrides = Annotated[
 
 
 def main() -> None:
-    """Entry point: our own errors become one clear line and exit code 1."""
+    """Entry point: our own errors and warnings become one clear line, errors exit code 1."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.showwarning = _one_line(warnings.showwarning)
     try:
         app()
     except RlsparseError as error:
@@ -186,6 +189,18 @@ def mlflow_sync(folder: Annotated[str, typer.Argument(metavar="DIR", show_defaul
     tracker.sync()
     tracker.sync_results()
     print(f"{plan.study.name} is in {tracking_uri(plan)}")
+
+
+def _one_line(standard: Callable[..., None]) -> Callable[..., None]:
+    """Shows our own warnings without the place in the code; all others as ever."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, RlsparseWarning):
+            print(f"rlsparse: {message}", file=sys.stderr)
+        else:
+            standard(message, category, *where)
+
+    return show
 
 
 # --- helpers of the commands -----------------------------------------------------------------

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rlsparse.errors import CheckpointError
 from rlsparse.files import PICKLED_SUFFIXES, File, Folder, RemoteFile, locate, read_bytes
 from rlsparse.tensor_file import (
@@ -122,10 +124,11 @@ def _search(folder: Folder) -> _Weights:
     for place, names in reversed(visited):  # the innermost folder says best what it is
         if remedy := _remedy(place.path, names):
             raise CheckpointError(f"no weights to read in {place.path}: {remedy}")
-    listed = _some(visited[0][1]) if visited[0][1] else "nothing that can be listed"
+    names = visited[0][1]
+    listed = _some(names) if names else "nothing that can be listed"
     raise CheckpointError(
         f"no {SINGLE_FILE}, {INDEX_FILE} or {PICKLED_FILE} in {folder.path}, which holds {listed}"
-        + (folder.note or f"; {_REMEDY}")
+        + (folder.note or f"; {_REMEDY if names else 'check that the place is right'}")
     )
 
 
@@ -328,11 +331,19 @@ def _tied(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[
         [info for name, info in tensors.items() if re.search(rf"(^|\.)({names})\.weight$", name)]
         for names in ("lm_head", "embed_tokens|wte")
     )
-    is_tied = config.get("tie_word_embeddings", False)
-    if is_tied is not True or len(heads) != 1 or len(embeddings) != 1:
+    if config.get("tie_word_embeddings") is not True or len(heads) != 1 or len(embeddings) != 1:
         return {}
     one, other = heads[0], embeddings[0]
-    return {one.name: other.name} if (one.dtype, one.shape) == (other.dtype, other.shape) else {}
+    is_tied = (one.dtype, one.shape) == (other.dtype, other.shape) and _have_equal_bits(one, other)
+    return {one.name: other.name} if is_tied else {}
+
+
+def _have_equal_bits(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether a stored head is a copy: transformers does not tie one that differs, either."""
+    return all(
+        np.array_equal(one.read(chunk.start, chunk.stop), other.read(chunk.start, chunk.stop))
+        for chunk in chunks(one.shape)
+    )
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

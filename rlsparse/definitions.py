@@ -19,7 +19,8 @@ MODULES: tuple[str, ...] = (
 ULP_BINS: tuple[str, ...] = (
     "1", "2", "3-4", "5-8", "9-16", "17-32", "33-64", "65-128", "129-256", ">256",
 )  # fmt: skip
-"""Labels of ``ulp_histogram``: distance of a changed weight in representable values."""
+"""Labels of ``ulp_histogram``: distance of a changed weight in representable values. -0 and +0 are
+neighbours, so a step across zero is one longer than without the two."""
 
 RANK_TOLERANCES: tuple[str, ...] = ("default", "1e-04", "1e-05", "1e-06")
 """Shares of the largest singular value above which others count for a rank; ``default`` is that of

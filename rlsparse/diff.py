@@ -21,7 +21,7 @@ import numpy as np
 from rlsparse.checkpoint import Checkpoint, Chunk, chunks
 from rlsparse.definitions import DEFINITIONS, NUM_MAGNITUDE_BINS, VIEWS
 from rlsparse.errors import CheckpointError
-from rlsparse.kernels import ChunkCounts, magnitude_histogram, new_workspace, stripe_counts
+from rlsparse.kernels import FLOATS, ChunkCounts, magnitude_histogram, new_workspace, stripe_counts
 from rlsparse.matching import Matching, TensorPair, match_tensors
 from rlsparse.names import layer_and_module
 from rlsparse.patch import METADATA_KEY, Patch, verify_patch
@@ -156,6 +156,8 @@ def diff_checkpoints(
         CheckpointError: unreadable, formats differ without a cast, or nothing in common.
         PatchError: the patch is damaged or of another base.
     """
+    if num_threads is not None and num_threads < 1:
+        raise CheckpointError(f"num_threads is {num_threads}; give at least 1, or None")
     plan = plan_diff(before, after, casts=casts, aliases=aliases, extra_tables=extra_tables)
     if plan.patch:
         verify_patch(plan.before, plan.patch)
@@ -187,25 +189,21 @@ def plan_diff(
         CheckpointError: as ``diff_checkpoints``.
         PatchError: likewise, but for bases and results with another checksum.
     """
+    casts = [casts] if isinstance(casts, str) else casts
     for cast in casts:
         check_view(cast, VIEWS[1:])
-    assert set(extra_tables) <= set(EXTRA_TABLES), extra_tables
+    if unknown := set(extra_tables) - set(EXTRA_TABLES):
+        raise CheckpointError(f"no extra tables {sorted(unknown)}; choose of {list(EXTRA_TABLES)}")
     left = Checkpoint.open(before)
     if METADATA_KEY in left.metadata:
         raise CheckpointError(f"{left.path} is a patch; give its base before and the patch after")
     right, patch = open_side(after, left)
-    if str(left.path) == str(right.path) or _is_same(left.path, right.path):
+    if _files(left) == _files(right):
         raise CheckpointError(f"both sides are the same checkpoint, {left.path}; give another one")
     matching = match_tensors(left, right, aliases)
     mixed = [pair for pair in matching.pairs if pair.before.dtype != pair.after.dtype]
     if mixed and not casts:
-        pair = mixed[0]
-        one, other = pair.before.dtype, pair.after.dtype
-        choices = [f"--cast {dtype}" for dtype in (one, other) if dtype in VIEWS]
-        raise CheckpointError(
-            f"{pair.name} is {one} in {left.path} and {other} in {right.path}; choose the format "
-            f"to compare them in: {' or '.join(choices) or 'none fits'}"
-        )
+        raise CheckpointError(_needs_cast(mixed[0], left, right))
     views = (*dict.fromkeys(casts), "stored") if mixed else tuple(dict.fromkeys(casts))
     return DiffPlan(left, right, matching, views or ("stored",), frozenset(extra_tables), patch)
 
@@ -314,7 +312,8 @@ class Scratch:
 def _in_threads(jobs: Sequence[Job], num_threads: int | None) -> Iterator[Tables]:
     """``measure_chunk`` of each job, in order; reading and kernels run without the GIL."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    num_threads = num_threads or min(len(cores) or os.cpu_count() or 1, _MAX_THREADS)
+    if num_threads is None:
+        num_threads = min(len(cores) or os.cpu_count() or 1, _MAX_THREADS)
     mine = threading.local()
     numbers = itertools.count()
 
@@ -335,9 +334,21 @@ def _tensor(row: Row) -> str:
     return str(row["tensor"])
 
 
-def _is_same(left: Path | str, right: Path | str) -> bool:
-    is_local = isinstance(left, Path) and isinstance(right, Path)
-    return is_local and os.path.samefile(left, right)
+def _files(checkpoint: Checkpoint) -> set[str]:
+    """Where the tensors lie, links followed."""
+    files = {info.file for info in checkpoint.tensors.values()}
+    return {os.path.realpath(file) if isinstance(file, Path) else str(file) for file in files}
+
+
+def _needs_cast(pair: TensorPair, left: Checkpoint, right: Checkpoint) -> str:
+    one, other = pair.before.dtype, pair.after.dtype
+    what = f"{pair.name} is {one} in {left.path} and {other} in {right.path}"
+    for dtype in (one, other):
+        if dtype not in FLOATS:
+            return f"{what}; {dtype} has no values to compare: dequantise that side first"
+    exact = "fp32" if "fp64" not in (one, other) else "bf16"
+    choices = dict.fromkeys(dtype for dtype in (one, other, exact) if dtype in VIEWS)
+    return f"{what}; choose the format to compare them in: --cast {' or --cast '.join(choices)}"
 
 
 def _stripe(counts: ChunkCounts, num_columns: int) -> Row:

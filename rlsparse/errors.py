@@ -36,6 +36,10 @@ class StorageError(RlsparseError, OSError):
     """The storage of a study cannot be read, written or locked."""
 
 
+class RlsparseWarning(UserWarning):
+    """Something works, but not as well as it could; the command line prints it as one line."""
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """Hint for an error: the known name that is nearest, and all of them."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

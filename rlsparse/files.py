@@ -19,7 +19,7 @@ from urllib.parse import quote, urlsplit
 from rlsparse.errors import CheckpointError
 
 CONNECT_TIMEOUT_S = 10.0
-READ_TIMEOUT_S = 60.0
+READ_TIMEOUT_S = 30.0
 """How long an http(s) server may take to answer, and between two packets of an answer."""
 
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth")
@@ -383,6 +383,8 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return "the server did not answer in time; check the address and try again"
     text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    if "support range requests" in text:
+        return "the server sends no parts of files; download it and give the folder"
     return re.sub(r"\?\S*", "", " ".join(text.split())) or type(error).__name__
 
 

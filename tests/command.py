@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,8 @@ class Command:
             text=True,
             cwd=self.cwd,
             env={**clean, **ours, "OMP_NUM_THREADS": "1", **environment},
+            # A test run in the background of a shell hands on that SIGINT is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -165,3 +165,60 @@ def test_integers_and_empty_tensors(tmp_path):
         found = diff_checkpoints(*folders, casts=casts)
         assert found.sparsity["bitwise"] == 1 - 1 / 4
         assert [t["sparsity"]["bitwise"] for t in found.tensors] == [1 - 1 / 3, 1.0, 1.0]
+
+
+def test_the_same_checkpoint_twice(tmp_path):
+    pair = planted.make_pair(tmp_path)
+    link = tmp_path / "link"
+    link.symlink_to(pair.before)
+    for same in (pair.before, link, pair.before / "model.safetensors"):
+        with pytest.raises(CheckpointError, match="both sides are the same checkpoint"):
+            diff_checkpoints(pair.before, same)
+
+
+def test_a_head_that_differs_is_not_tied(tmp_path):
+    """As transformers: a stored head that is no copy of the embedding is a tensor of its own."""
+    rng = np.random.default_rng(0)
+    embed, head = (planted.random_tensor(rng, "bf16", (4, 4)) for _ in range(2))
+    tie = {"tie_word_embeddings": True}
+    before = planted.write_folder(tmp_path / "a", {EMBED: embed, "lm_head.weight": embed}, tie)
+    after = planted.write_folder(tmp_path / "b", {EMBED: embed, "lm_head.weight": head}, tie)
+    again = planted.write_folder(tmp_path / "c", {EMBED: head, "lm_head.weight": head}, tie)
+    other = Tensor("bf16", (4, 4), head.bits ^ 1)
+    free = planted.write_folder(tmp_path / "d", {EMBED: embed, "lm_head.weight": other}, tie)
+    found = diff_checkpoints(after, free)
+    assert found.accounting["tied_tensors"] == []
+    assert found.sparsity["bitwise"] == 1 - 16 / 32
+    assert diff_checkpoints(before, again).accounting["tied_before"] == 16
+    assert diff_checkpoints(before, after).accounting["added"] == 16
+
+
+@pytest.mark.parametrize(
+    ("formats", "message"),
+    [
+        (("bf16", "i64"), "i64 has no values to compare: dequantise"),
+        (("fp8_e4m3", "fp8_e5m2"), "--cast fp8_e4m3 or --cast fp32$"),
+        (("bf16", "fp32"), "--cast bf16 or --cast fp32$"),
+        (("fp64", "bf16"), "--cast bf16$"),
+    ],
+)
+def test_a_mixed_pair_is_refused_with_what_helps(tmp_path, formats, message):
+    folders = [
+        planted.write_folder(
+            tmp_path / dtype, {"w": Tensor(dtype, (4,), np.ones(4, planted.unsigned(dtype)))}
+        )
+        for dtype in formats
+    ]
+    with pytest.raises(CheckpointError, match=message):
+        diff_checkpoints(*folders)
+    if "i64" not in formats:
+        cast = message.removesuffix("$").split()[-1]
+        assert diff_checkpoints(*folders, casts=cast).views == (cast, "stored")
+
+
+def test_arguments_are_checked(tmp_path):
+    pair = planted.make_pair(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no extra tables \['foo'\]; choose of"):
+        diff_checkpoints(pair.before, pair.after, extra_tables=["foo"])
+    with pytest.raises(CheckpointError, match="num_threads is 0"):
+        diff_checkpoints(pair.before, pair.after, num_threads=0)

@@ -21,6 +21,7 @@ from rlsparse.definitions import (
     ULP_BINS,
 )
 from rlsparse.errors import CheckpointError
+from rlsparse.kernels import machine_code
 
 WIDTH = {dtype: 8 * unsigned(dtype).itemsize for dtype in FLOATS}
 FIRST_NONFINITE = {
@@ -237,8 +238,21 @@ def test_kernels_are_compiled_once_per_machine(tmp_path):
             check=True,
         )
         assert done.stdout.strip() == expected
+        assert ("set RLSPARSE_CACHE_DIR" in done.stderr) == (folder == "a file")
     (object_file,) = (tmp_path / "cache").glob("scan_bf16-*.o")
-    assert object_file.stat().st_size > 1000
+    whole = object_file.read_bytes()
+    assert len(whole) > 1000
+    for damaged in (b"", whole[:-1], whole[:500] + b"1234" + whole[504:]):
+        object_file.write_bytes(damaged)
+        assert machine_code._kept(object_file) is None
+    object_file.write_bytes(whole)
+    assert machine_code._kept(object_file) == whole[32:]
+    for path, mode in [(object_file, 0o622), (object_file.parent, 0o777)]:
+        before = path.stat().st_mode
+        path.chmod(mode)  # others could have put their code there
+        assert machine_code._kept(object_file) is None
+        path.chmod(before)
+    assert machine_code._kept(object_file) == whole[32:]
 
 
 OTHER_PROCESSOR = """

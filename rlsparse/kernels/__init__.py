@@ -17,7 +17,7 @@ from rlsparse.definitions import ABS_TOLERANCES, DEFINITIONS, NUM_MAGNITUDE_BINS
 from rlsparse.errors import CheckpointError
 from rlsparse.kernels import layout as at
 from rlsparse.kernels.machine_code import load
-from rlsparse.tensor_file import Bits, bits_dtype
+from rlsparse.tensor_file import ITEMSIZE, Bits, bits_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -83,9 +83,14 @@ class Scan:
     Args:
         num_elements: pairs to come.
         dtype: short name of their format.
+
+    Raises:
+        CheckpointError: unknown format.
     """
 
     def __init__(self, num_elements: int, dtype: str) -> None:
+        if dtype not in ITEMSIZE:
+            raise CheckpointError(f"unknown number format {dtype!r}; known: {', '.join(ITEMSIZE)}")
         self.num_elements = num_elements
         self.dtype = dtype
         self._done = 0

@@ -183,8 +183,8 @@ def _bits(tensor: torch.Tensor) -> tuple[torch.Tensor, _Format]:
     """Flat unsigned integers of a tensor, without a copy where it is contiguous; its format."""
     if tensor.device.type != "cuda" and isinstance(code.compare, triton.JITFunction):
         raise CheckpointError(
-            f"{_described(tensor)} is not on a CUDA device; measure its bits on the CPU, with "
-            "rlsparse.kernels.measure"
+            f"{_described(tensor)} is not on a CUDA device; give its bits as an array, "
+            "such as tensor.view(torch.uint16).numpy()"
         )
     if tensor.dtype.itemsize not in _BITS:
         raise CheckpointError(

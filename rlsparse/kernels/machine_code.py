@@ -4,13 +4,14 @@ The kernels are written in Python (``cpu``) and compiled by numba for this very 
 takes a second to import and several to compile, so the object code is kept in
 ``$XDG_CACHE_HOME/rlsparse`` (or ``$RLSPARSE_CACHE_DIR``), under a name that changes with the
 source, the compilers and the processor. Later processes load it with llvmlite alone. Without a
-writable cache each process compiles anew.
+cache that this user alone can write, or with a damaged file, a process compiles anew.
 """
 
 import ctypes
 import hashlib
 import os
 import threading
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from typing import Any
 
 import llvmlite.binding as llvm
 
+from rlsparse.errors import RlsparseWarning
 from rlsparse.tensor_file import atomic_write
 
 _SOURCES = ("counting.py", "cpu.py", "formats.py", "layout.py", "machine_code.py", "vectors.py")
@@ -42,11 +44,17 @@ def load(name: str, num_pointers: int, num_integers: int = 0) -> Callable[..., N
 @cache
 def _load(name: str, num_pointers: int, num_integers: int) -> Callable[..., None]:
     file = _cache_folder() / f"{name}-{_key()}.o"
-    try:
-        code = file.read_bytes()
-    except OSError:
+    code = _kept(file)
+    if code is None:
         code = _compile(name)
         _keep(file, code)
+        if _kept(file) is None:
+            warnings.warn(
+                f"kernels are compiled again in every process: {file.parent} cannot be used, or "
+                "others may write it; set RLSPARSE_CACHE_DIR to a folder of your own",
+                RlsparseWarning,
+                stacklevel=3,
+            )
     engine = _engine()
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
@@ -90,11 +98,28 @@ def _key() -> str:
     return digest.hexdigest()[:16]
 
 
+def _kept(file: Path) -> bytes | None:
+    """The code in ``file``, if it is whole, and only this user or root could have written it."""
+    try:
+        with file.open("rb") as stream:
+            status, folder = os.fstat(stream.fileno()), file.parent.stat()
+            content = stream.read()
+    except OSError:
+        return None
+    if hasattr(os, "getuid"):
+        owners = {status.st_uid, folder.st_uid}
+        if not owners <= {0, os.getuid()} or (status.st_mode | folder.st_mode) & 0o022:
+            return None
+    digest, code = content[:32], content[32:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
 def _keep(file: Path, code: bytes) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with atomic_write(file) as stream:
-            stream.write(code)
+            os.fchmod(stream.fileno(), 0o600)
+            stream.write(hashlib.sha256(code).digest() + code)
     except OSError:
         return  # read-only home: the next process compiles again
 

@@ -15,10 +15,13 @@ from rlsparse.definitions import DEFINITIONS, NUM_MAGNITUDE_BINS
 from rlsparse.diff import Diff, Row
 from rlsparse.errors import ConfigError
 from rlsparse.report import diff_plots, diff_rows, plots
+from rlsparse.report.formats import counted
 from rlsparse.report.page import render
 
 MAX_TENSORS = 400
 """Tensors listed on the page; ``tensor_deltas.parquet`` has all of them."""
+MAX_NAMES = 20
+"""Tensors named in a line about several."""
 
 
 def write_diff(diff: Diff, out_dir: Path, *, spectra: Sequence[Row] | None = None) -> Path:
@@ -70,6 +73,7 @@ def build_page(diff: Diff, spectra: Sequence[Row] | None = None) -> str:
             "before": diff.before,
             "after": diff.after,
             "views": diff.views,
+            "unchanged": _unchanged(diff.views[0]),
             "total": total,
             "sparsity": sparsity,
             "warnings": diff_rows.warnings(diff, spectra or ()),
@@ -78,10 +82,19 @@ def build_page(diff: Diff, spectra: Sequence[Row] | None = None) -> str:
             "tensors": tensors[:MAX_TENSORS],
             "num_tensors": len(tensors),
             "stripes": stripes,
-            "spectra": diff_rows.spectrum_rows(spectra or ()),
+            "spectra": diff_rows.spectrum_lines(spectra or ()),
             "spectrum_titles": tuple(diff_rows.SPECTRUM),
-            "accounting": diff_rows.accounting_rows(diff.accounting),
-            "matched": diff_rows.matched_rows(diff.accounting),
+            "accounting": [
+                row | {"tensors": diff_rows.shortened(row["tensors"], MAX_NAMES)}
+                for row in diff_rows.accounting_rows(diff.accounting)
+            ],
+            "matched": [
+                (
+                    f"{counted(len(row['tensors']), 'tensor')} {row['name']}",
+                    diff_rows.shortened(row["tensors"], MAX_NAMES),
+                )
+                for row in diff_rows.matched_rows(diff.accounting)
+            ],
             "figures": {
                 "definitions": [("", diff_plots.sparsity_by_definition(sparsity))],
                 "where": [_heat_map(diff.views[0], rows), *_profile(layers)],
@@ -92,6 +105,13 @@ def build_page(diff: Diff, spectra: Sequence[Row] | None = None) -> str:
             "versions": {"rlsparse": version("rlsparse")},
         },
     )
+
+
+def _unchanged(view: str) -> str:
+    """In what sense the weights of the headline are unchanged."""
+    if view == "stored":
+        return "unchanged, bit for bit"
+    return f"unchanged after rounding to {view}"
 
 
 Captioned = list[tuple[str, Markup]]

@@ -42,7 +42,8 @@ def sparsity_by_definition(sparsity: dict[str, dict[str, float]]) -> Markup:
                 [y + shift for y in range(len(DEFINITIONS))],
                 marker=MARKERS[i], ls="", ms=7, mfc=SERIES[i], mec=PAPER, label=view, clip_on=False,
             )  # fmt: skip
-        ax.set_yticks(range(len(DEFINITIONS)), [definition(name) for name in DEFINITIONS])
+        labels = [definition(name).replace(" max", "\nmax") for name in DEFINITIONS]
+        ax.set_yticks(range(len(DEFINITIONS)), labels)
         ax.set_ylim(len(DEFINITIONS) - 0.5, -0.5)
         percent_axis(ax.xaxis)
         ax.set_xlabel("weights unchanged")

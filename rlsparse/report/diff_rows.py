@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rlsparse.definitions import DEFINITIONS, MODULES, ULP_BINS
 from rlsparse.diff import Diff, Row
 from rlsparse.placement import Stripes, measure_stripes
-from rlsparse.report.formats import finite
+from rlsparse.report.formats import counted, finite, number, percent
 from rlsparse.spectrum import adapter_hint
 
 ALL = "all"
@@ -37,6 +37,22 @@ MATCHED = {
 }
 """Keys of ``Diff.accounting``: tensors that were compared, though not simply name with name."""
 
+MAX_PARTS = 3
+"""Names of parts of one fused tensor that are spelled out."""
+
+_FP8 = frozenset({"fp8_e4m3", "fp8_e5m2"})
+HELD: dict[str, frozenset[str]] = {
+    "fp32": frozenset({"fp32", "bf16", "fp16"}) | _FP8,
+    "bf16": frozenset({"bf16"}) | _FP8,
+    "fp16": frozenset({"fp16"}) | _FP8,
+    "fp8_e4m3": frozenset({"fp8_e4m3"}),
+}
+"""View -> stored formats all of whose values it holds exactly."""
+CODES = ("fp8_", "i8", "u8", "i32")
+"""How formats begin that may hold the codes of quantised weights."""
+SCALES = ("weight_scale_inv", "weight_scale", "scales", "qzeros", "absmax")
+"""How names end of the tensors that give such codes their values."""
+
 SPECTRUM: dict[str, tuple[str, str]] = {
     "rank": ("update", "rank_share_default"),
     "rank, null": ("null", "rank_share_default"),
@@ -49,6 +65,8 @@ SPECTRUM: dict[str, tuple[str, str]] = {
     "low-|w| lift": ("update", "low_lift_in_decile"),
 }
 """Headings for readers -> kind of row and column of table ``spectra``."""
+RANKS = ("rank", "rank, null", "99 % energy", "99 % energy, null")
+"""Headings whose values are shares of the full rank."""
 
 
 def of_view(diff: Diff, view: str | None = None) -> list[Row]:
@@ -177,10 +195,16 @@ def _arrows(tensors: Sequence[str] | Mapping[str, str | Sequence[str]]) -> list[
     """Names, of a mapping with what each corresponds to."""
     if not isinstance(tensors, Mapping):
         return list(tensors)
-    return [
-        f"{name} = {other if isinstance(other, str) else ' + '.join(other)}"
-        for name, other in tensors.items()
-    ]
+    parts = {
+        name: [other] if isinstance(other, str) else list(other) for name, other in tensors.items()
+    }
+    return [f"{name} = {shortened(of, MAX_PARTS, ' + ')}" for name, of in parts.items()]
+
+
+def shortened(names: Sequence[str], most: int, separator: str = ", ") -> str:
+    """The first ``most`` names, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more
 
 
 def sparsity_by_view(diff: Diff) -> dict[str, dict[str, float]]:
@@ -212,6 +236,22 @@ def spectrum_rows(spectra: Sequence[Row]) -> list[Row]:
     return _medians(for_readers, tuple(SPECTRUM))
 
 
+def spectrum_lines(spectra: Sequence[Row]) -> list[list[str]]:
+    """``spectrum_rows`` in words, under the headings module, matrices and ``SPECTRUM``."""
+    return [
+        [
+            row["name"],
+            f"{row['tensors']:,}",
+            *(_rank(row[title]) if title in RANKS else number(row[title]) for title in SPECTRUM),
+        ]
+        for row in spectrum_rows(spectra)
+    ]
+
+
+def _rank(share: float | None) -> str:
+    return "100 %" if share == 1 else percent(share)
+
+
 def _energy_rank_share(row: Row) -> float:
     num_rows, *rest = row["shape"]
     return float(row["energy_rank"] / min(num_rows, math.prod(rest)))
@@ -238,38 +278,90 @@ def warnings(diff: Diff, spectra: Sequence[Row] = ()) -> list[str]:
 
     Args:
         diff: the diff.
-        spectra: rows of table ``spectra``, as far as made; they tell merged adapters.
+        spectra: rows of table ``spectra``, as far as made; they tell merged adapters, and
+            matrices without a spectrum.
     """
     total, view = summarise(of_view(diff)), diff.views[0]
     before, after = (sorted(side["num_elements_by_dtype"]) for side in (diff.before, diff.after))
+    zeros = counted(total["num_zero_sign_flips"], "zero")
+    no_spectrum = sum(row["num_nonfinite"] > 0 for row in spectra)
     found: list[tuple[object, str | None]] = [
-        (
-            before != after,
-            f"stored as {', '.join(before)} before and {', '.join(after)} after, compared as "
-            f"{view}: rounding to it can hide changes, and make some",
-        ),
+        (sentence := _rounding(diff), sentence),
         (
             before == after == ["fp32"] and view in ("stored", "fp32"),
             "stored in fp32, where training changes nearly every weight; --cast bf16 tells what a "
             "server in bf16 sees",
         ),
+        (scales := _num_scales(diff), f"{CODES_COMPARED} ({counted(scales, 'scale tensor')})"),
         (
             total["num_nonfinite"],
-            f"{total['num_nonfinite']:,} weights are NaN or infinite on a side "
-            f"({total['num_nan']:,} NaN); they count as changed if their bits differ",
+            f"{counted(total['num_nonfinite'], 'weight')} with NaN or infinity on a side "
+            f"({total['num_nan']:,} NaN): changed where the bits differ",
         ),
         (
             total["num_zero_sign_flips"],
-            f"{total['num_zero_sign_flips']:,} zeros changed their sign only: changed bitwise, "
-            "unchanged within every tolerance",
+            f"{zeros} changed sign only: changed bitwise, unchanged within every tolerance",
         ),
         (total["sparsity"]["bitwise"] == 1, "no compared weight differs in any bit"),
         (hint := adapter_hint(spectra), hint),
+        (
+            no_spectrum,
+            f"{counted(no_spectrum, 'matrix holds', 'matrices hold')} NaN or infinities: no "
+            "spectrum",
+        ),
     ]
     return [sentence for holds, sentence in found if holds and sentence]
 
 
+def _rounding(diff: Diff) -> str | None:
+    """What to say where two formats meet in a view that does not hold all values of both."""
+    view = diff.views[0]
+    mixed = [
+        (tensor["dtype_before"], tensor["dtype_after"])
+        for tensor in diff.tensors
+        if tensor["dtype_before"] != tensor["dtype_after"]
+    ]
+    if view == "stored" or all(HELD[view] >= set(formats) for formats in mixed):
+        return None
+    before, after = (", ".join(sorted(set(side))) for side in zip(*mixed, strict=True))
+    return (
+        f"stored as {before} before and {after} after, compared as {view}: rounding to it can hide "
+        "changes, and make some"
+    )
+
+
+CODES_COMPARED = (
+    "quantised weights are compared code by code, not by the values that the codes stand for; "
+    "dequantise both sides to compare values"
+)
+
+
+def _num_scales(diff: Diff) -> int:
+    """Tensors on either side that scale codes; 0 where no codes are compared."""
+    formats = {tensor[key] for tensor in diff.tensors for key in ("dtype_before", "dtype_after")}
+    if not any(dtype.startswith(CODES) for dtype in formats):
+        return 0
+    alone = (diff.accounting[f"{part}_tensors"] for part in ("removed", "added", "reshaped"))
+    names = {tensor["name"] for tensor in diff.tensors}.union(*alone)
+    return sum(name.endswith(SCALES) for name in names)
+
+
 def json_content(diff: Diff, spectra: Sequence[Row] | None) -> Row:
-    """What ``--json`` writes: the diff, and ``spectra`` if they were made."""
-    content = diff.to_json() | ({} if spectra is None else {"spectra": list(spectra)})
+    """What ``--json`` writes: ``Diff.to_json``, and what is printed besides, in the primary view.
+
+    - ``totals``: ``summarise`` of all compared weights.
+    - ``modules``, ``layers``: the same per kind of module and per layer, in lists, with ``name``.
+    - ``warnings``: sentences.
+    - ``spectra``: rows of that table, if they were made.
+
+    Plain JSON: NaN and infinities are None.
+    """
+    rows = of_view(diff)
+    content = diff.to_json() | {
+        "totals": summarise(rows),
+        "modules": module_rows(rows),
+        "layers": layer_rows(rows),
+        "warnings": warnings(diff, spectra or ()),
+    }
+    content |= {} if spectra is None else {"spectra": list(spectra)}
     return {key: finite(value) for key, value in content.items()}

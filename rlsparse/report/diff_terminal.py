@@ -6,14 +6,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from rlsparse.definitions import DEFINITIONS
+from rlsparse.definitions import DEFINITIONS, REL_TOLERANCE
 from rlsparse.diff import Diff, Row
 from rlsparse.report import diff_rows
-from rlsparse.report.formats import number, percent
+from rlsparse.report.formats import counted, definition, number, percent
 
 MEASURES = ("weights", "unchanged bitwise", "|d| <= 1e-5", "||d||/||w||", "ULP")
-MAX_NAMES = 3
+MAX_NAMES = 5
 """Tensors named in a line about several."""
+SPECTRUM_KEY = """\
+ranks in per cent of full rank; null: as many weights moved by one ULP at random
+NSS: relative drift of the singular values, beside that of noise of equal norm
+lifts: changed weights among the principal or the smallest weights over chance; 1 = no preference"""
 
 
 def make_console() -> Console:
@@ -50,29 +54,29 @@ def _print_facts(console: Console, diff: Diff) -> None:
     total = diff_rows.summarise(diff_rows.of_view(diff))
     lines = [
         f"{name:9}{side['path']} ({', '.join(side['num_elements_by_dtype'])}, "
-        f"{side['num_tensors']:,} tensors, {side['num_elements']:,} weights)"
+        f"{counted(side['num_tensors'], 'tensor')}, {counted(side['num_elements'], 'weight')})"
         for name, side in (("before", diff.before), ("after", diff.after))
     ]
-    lines.append(f"compared {total['num_elements']:,} weights, view {diff.views[0]}")
+    lines.append(f"compared {counted(total['num_elements'], 'weight')}, view {diff.views[0]}")
     for row in diff_rows.accounting_rows(diff.accounting):
         if row["name"] not in ("compared", "total"):
             sides = {"before": row["num_before"], "after": row["num_after"]}
             counts = [f"{count:,} {side}" for side, count in sides.items() if count is not None]
             lines.append(f"  {row['name']}: {', '.join(counts)}{_named(row['tensors'])}")
     for row in diff_rows.matched_rows(diff.accounting):
-        lines.append(f"  {len(row['tensors']):,} tensors {row['name']}{_named(row['tensors'])}")
+        count = counted(len(row["tensors"]), "tensor")
+        lines.append(f"  {count} {row['name']}{_named(row['tensors'])}")
     lines.append(
         f"changes  ||d||/||w|| {number(total['relative_change'])}, largest |d| "
         f"{number(total['max_abs_delta'])}, median {total['median_ulp'] or '-'} ULP, "
-        f"{total['num_sign_flips']:,} sign flips"
+        f"{counted(total['num_sign_flips'], 'sign flip')}"
     )
     for line in lines:
         console.print(line, soft_wrap=True)
 
 
 def _named(tensors: Sequence[str]) -> str:
-    more = f" and {len(tensors) - MAX_NAMES:,} more" if len(tensors) > MAX_NAMES else ""
-    return f" ({', '.join(tensors[:MAX_NAMES])}{more})" if tensors else ""
+    return f" ({diff_rows.shortened(tensors, MAX_NAMES)})" if tensors else ""
 
 
 def _print_sparsity(console: Console, diff: Diff) -> None:
@@ -82,6 +86,9 @@ def _print_sparsity(console: Console, diff: Diff) -> None:
         for name in DEFINITIONS
     ]
     _print_table(console, ("definition", *diff.views), lines)
+    relative = f"rel_{REL_TOLERANCE}"
+    meaning = definition(relative).replace("Δ", "d").replace("≤", "<=")
+    console.print(f"{relative}: {meaning}, w before and w' after", soft_wrap=True)
 
 
 def _print_measures(console: Console, label: str, rows: Sequence[Row]) -> None:
@@ -100,9 +107,9 @@ def _print_measures(console: Console, label: str, rows: Sequence[Row]) -> None:
 
 
 def _print_spectra(console: Console, spectra: Sequence[Row]) -> None:
-    rows = [list(row.values()) for row in diff_rows.spectrum_rows(spectra)]
-    columns = ("module", "matrices", *diff_rows.SPECTRUM)
-    _print_table(console, columns, [[number(value) for value in row] for row in rows])
+    if lines := diff_rows.spectrum_lines(spectra):
+        _print_table(console, ("module", "matrices", *diff_rows.SPECTRUM), lines)
+        console.print(SPECTRUM_KEY, soft_wrap=True)
 
 
 def _print_table(console: Console, columns: Sequence[str], lines: Sequence[list[str]]) -> None:

@@ -49,9 +49,15 @@ def p_value(value: float | None) -> str:
 
 
 def definition(name: str) -> str:
-    """A definition of unchanged as readers write it, such as ``|Δ| ≤ 1e-05``."""
+    """A definition of unchanged as readers write it, such as ``|Δ| ≤ 1e-05``; w' is w after."""
     kind, _, tolerance = name.partition("_")
-    return {"abs": f"|Δ| ≤ {tolerance}", "rel": f"|Δ| ≤ {tolerance} |w|"}.get(kind, name)
+    relative = f"|Δ| ≤ {tolerance} max(|w|, |w'|)"
+    return {"abs": f"|Δ| ≤ {tolerance}", "rel": relative}.get(kind, name)
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """A count and its noun: ``1 weight``, ``2,000 weights``; ``many`` where no s makes it."""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 
 
 def finite(value: Any) -> Any:
