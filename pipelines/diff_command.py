@@ -4,20 +4,25 @@ The command is registered in ``cli``; what it measures is ``rlsparse.diff``.
 """
 
 import json
+import math
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rlsparse.definitions import VIEWS
 from rlsparse.errors import ConfigError, RlsparseError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
+
     from rlsparse.diff import Diff, Row
     from rlsparse.matching import TensorPair
 
@@ -34,6 +39,24 @@ PAGE_TABLES = ("base_tensors", "stripes")
 """Tables that only ``--out`` needs."""
 
 
+BEFORE = typer.Argument(metavar="BEFORE", help="Checkpoint to compare with.", show_default=False)
+AFTER = typer.Argument(metavar="AFTER", help="Checkpoint or patch after it.", show_default=False)
+JSON = typer.Option(
+    "--json", metavar="PATH",
+    help="Write the result here; - is standard output. Besides the counts under every definition: "
+    "totals, modules, layers and warnings, as printed.",
+)  # fmt: skip
+CAST = typer.Option(
+    metavar="DTYPE",
+    help=f"Round both sides to this first: {', '.join(VIEWS[1:])}; may be repeated.",
+)
+SPECTRUM = typer.Option(
+    help="Rank and singular values of the update. exact: every matrix by SVD; auto: those with "
+    "both sides above 512 by their Gram matrix, faster, within about 1e-8 of the largest singular "
+    "value."
+)
+
+
 class Spectrum(StrEnum):
     """How the singular values of the update are found."""
 
@@ -43,27 +66,19 @@ class Spectrum(StrEnum):
 
 
 def diff(
-    before: Annotated[str | None, typer.Argument(metavar="BEFORE", show_default=False)] = None,
-    after: Annotated[str | None, typer.Argument(metavar="AFTER", show_default=False)] = None,
-    json_path: Annotated[
-        str | None,
-        typer.Option("--json", metavar="PATH", help="Write the result here; - is standard output."),
-    ] = None,
+    before: Annotated[str | None, BEFORE] = None,
+    after: Annotated[str | None, AFTER] = None,
+    json_path: Annotated[str | None, JSON] = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="New folder for Parquet tables, diff.json, index.html."),
     ] = None,
-    cast: Annotated[
-        list[str] | None,
-        typer.Option(metavar="DTYPE", help="Round both sides to this first; may be repeated."),
-    ] = None,
+    cast: Annotated[list[str] | None, CAST] = None,
     alias: Annotated[
         list[str] | None,
         typer.Option(metavar="AFTER_PREFIX=BEFORE_PREFIX", help="Tensors renamed; repeatable."),
     ] = None,
-    spectrum: Annotated[
-        Spectrum, typer.Option(help="Rank and singular values of the update.")
-    ] = Spectrum.OFF,
+    spectrum: Annotated[Spectrum, SPECTRUM] = Spectrum.OFF,
     per_tensor: Annotated[
         bool, typer.Option("--per-tensor", help="Print a line per tensor too.")
     ] = False,
@@ -87,13 +102,17 @@ def diff(
     _check_outputs(json_path, out)
     if address is not None and not ray:
         raise ConfigError(f"--address {address} is only for --ray; add it")
-    result = (partial(_measure_on_ray, address=address) if ray else _measure)(
-        first, second, aliases=_aliases(alias or []), num_threads=threads,
-        casts=[TORCH_DTYPES.get(name, name) for name in [*(cast or []), torch_dtype] if name],
+    casts = [*(cast or []), *([] if torch_dtype is None else [torch_dtype])]
+    measure = partial(
+        partial(_measure_on_ray, address=address) if ray else _measure, first, second,
+        aliases=_aliases(alias or []), num_threads=threads,
+        casts=[TORCH_DTYPES.get(name, name) for name in casts],
         extra_tables=PAGE_TABLES if out else (),
     )  # fmt: skip
-    spectra = None if spectrum is Spectrum.OFF else _spectra(result, spectrum)
-    page = None if out is None else _write_folder(out, result, spectra)
+    if (done := _unless_interrupted(measure, spectrum, out)) is None:
+        print("rlsparse: interrupted; nothing was written", file=sys.stderr)
+        raise typer.Exit(130)
+    result, spectra, page = done
     if json_path is not None:
         _write_json(json_path, result, spectra)
     if json_path != "-":
@@ -127,15 +146,57 @@ def _aliases(given: Sequence[str]) -> dict[str, str]:
 
 def _check_outputs(json_path: str | None, out: Path | None) -> None:
     """Refuse now what could not be written after minutes of work."""
-    if json_path not in (None, "-") and not Path(str(json_path)).absolute().parent.is_dir():
-        raise ConfigError(f"cannot write {json_path}: no such folder; give another --json")
-    if out is None or not out.exists():
+    if json_path not in (None, "-"):
+        _check_json(str(json_path), out)
+    if out is None:
         return
-    if not out.is_dir() or any(out.iterdir()) or out.samefile("."):
-        raise ConfigError(f"--out {out} exists and is not an empty folder; give a new one")
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir()) or out.samefile(".")):
+            raise ConfigError(f"--out {out} exists and is not an empty folder; give a new one")
+        ancestor = next(folder for folder in out.resolve().parents if folder.exists())
+        tempfile.TemporaryDirectory(dir=ancestor).cleanup()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {out}: {error.strerror}; give a new folder to --out"
+        ) from error
+
+
+def _check_json(json_path: str, out: Path | None) -> None:
+    path = Path(json_path)
+    problem = None
+    if not json_path:
+        raise ConfigError("--json is empty; give a file, or - for standard output")
+    try:
+        if path.is_dir() or (out is not None and path.resolve() == out.resolve()):
+            problem = "it is a folder"
+        elif not path.absolute().parent.is_dir():
+            problem = "no such folder"
+        elif path.exists():
+            problem = None if os.access(path, os.W_OK) else "permission denied"
+        else:
+            tempfile.TemporaryFile(dir=path.absolute().parent).close()
+    except OSError as error:
+        problem = error.strerror
+    if problem:
+        raise ConfigError(f"cannot write {json_path}: {problem}; give another --json")
 
 
 # --- work ------------------------------------------------------------------------------------
+
+
+def _unless_interrupted(
+    measure: "Callable[[], Diff]", spectrum: Spectrum, out: Path | None
+) -> "tuple[Diff, list[Row] | None, Path | None] | None":
+    """The diff, its spectra and its page, as far as asked for; None after Ctrl-C.
+
+    A result, not an exception: that would keep the threads at work, and their queue, alive.
+    """
+    try:
+        result = measure()
+        spectra = None if spectrum is Spectrum.OFF else _spectra(result, spectrum)
+        return result, spectra, None if out is None else _write_folder(out, result, spectra)
+    except KeyboardInterrupt:
+        return None
 
 
 def _measure(before: str, after: str, **options: Any) -> "Diff":
@@ -165,17 +226,31 @@ def _measure_on_ray(
 
 
 def _spectra(result: "Diff", method: Spectrum) -> "list[Row]":
+    from rlsparse.kernels import FLOATS
     from rlsparse.spectrum import spectrum_rows
 
-    def counted(on_progress: OnProgress | None) -> "Iterator[TensorPair]":
-        done = list(accumulate(pair.before.size_bytes for pair in result.pairs))
-        for pair, num_bytes in zip(result.pairs, done, strict=True):
-            yield pair
-            if on_progress:
-                on_progress(num_bytes, done[-1])
+    costs = {
+        tensor["name"]: _cost(tensor["shape"]) if tensor["sparsity"]["bitwise"] < 1 else 0
+        for tensor in result.tensors
+    }
+    matrices = [
+        (pair, costs[pair.name])
+        for pair in result.pairs
+        if len(pair.shape) > 1
+        and math.prod(pair.shape) > 0
+        and {pair.before.dtype, pair.after.dtype} <= FLOATS.keys()
+    ]
+    with _announced(matrices) as pairs:
+        return spectrum_rows(pairs, view=result.views[0], method=method.value)
 
-    with progress("spectrum") as on_progress:
-        return spectrum_rows(counted(on_progress), view=result.views[0], method=method.value)
+
+def _cost(shape: Sequence[int]) -> int:
+    """What a decomposition costs, but for a factor: m n min(m, n)."""
+    num_elements = math.prod(shape)
+    return num_elements * min(shape[0], num_elements // max(shape[0], 1))
+
+
+# --- progress --------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -184,20 +259,9 @@ def progress(label: str) -> Iterator[OnProgress | None]:
     if not sys.stderr.isatty():
         yield None
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from rich.progress import DownloadColumn, TransferSpeedColumn
 
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-        TimeRemainingColumn(), console=Console(stderr=True), transient=True,
-    )  # fmt: skip
+    bar = _bar(DownloadColumn(), TransferSpeedColumn())
     task = bar.add_task(label)
 
     def advance(done: int, total: int) -> None:
@@ -210,6 +274,41 @@ def progress(label: str) -> Iterator[OnProgress | None]:
     finally:
         if bar.live.is_started:
             bar.stop()
+
+
+@contextmanager
+def _announced(
+    matrices: "Sequence[tuple[TensorPair, int]]",
+) -> "Iterator[Iterable[TensorPair]]":
+    """The pairs, each with its number on a bar that counts their costs, on a terminal."""
+    if not sys.stderr.isatty():
+        yield (pair for pair, _ in matrices)
+        return
+    from rich.progress import TaskProgressColumn
+
+    bar = _bar(TaskProgressColumn())
+    bar.speed_estimate_period = math.inf  # one matrix can take minutes
+    task = bar.add_task("spectrum", total=sum(cost for _, cost in matrices))
+    bar.advance(task, 0)  # else the first matrix would not count for the speed
+
+    def numbered() -> "Iterator[TensorPair]":
+        for number, (pair, cost) in enumerate(matrices, 1):
+            bar.update(task, description=f"spectrum, matrix {number} of {len(matrices)}")
+            yield pair
+            bar.advance(task, cost)
+
+    with bar:
+        yield numbered()
+
+
+def _bar(*columns: "ProgressColumn") -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn(),
+        console=Console(stderr=True), transient=True,
+    )  # fmt: skip
 
 
 # --- results ---------------------------------------------------------------------------------

@@ -1,3 +1,4 @@
+import io
 import itertools
 import json
 import re
@@ -11,14 +12,22 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from planted import FLOATS, Tensor, make_pair, random_tensor, write_folder
+from rich.console import Console
 from test_report import CLIPPED, COLLIDING, chromium  # noqa: F401  (a fixture)
 
 from rlsparse import tables
-from rlsparse.definitions import DEFINITIONS, MIN_EXPONENT, NUM_MAGNITUDE_BINS, ULP_BINS
+from rlsparse.definitions import (
+    DEFINITIONS,
+    MIN_EXPONENT,
+    MODULES,
+    NUM_MAGNITUDE_BINS,
+    ULP_BINS,
+    VIEWS,
+)
 from rlsparse.diff import diff_checkpoints
 from rlsparse.errors import ConfigError
-from rlsparse.report import diff_page, diff_plots, diff_rows
-from rlsparse.report.formats import percent
+from rlsparse.report import diff_page, diff_plots, diff_rows, diff_terminal, plots
+from rlsparse.report.formats import NOTHING, percent
 
 PAGE_TABLES = ("base_tensors", "stripes")
 HOSTILE = '<script>alert("x")</script>'
@@ -222,12 +231,13 @@ def planted_tensor(dtype, values):
     [
         (("bf16", [1, 2]), ("bf16", [1, 4]), []),
         (("fp32", [1, 2]), ("fp32", [1, 4]), ["--cast bf16"]),
-        (("bf16", [0.0, 2]), ("bf16", [-0.0, 4]), ["1 zeros changed their sign only"]),
+        (("bf16", [0.0, 2]), ("bf16", [-0.0, 4]), ["^1 zero changed sign only"]),
         (
             ("bf16", [1, np.inf, np.nan]),
             ("bf16", [1, 2, np.nan]),
-            [r"2 weights are NaN or infinite on a side \(1 NaN\)"],
+            [r"^2 weights with NaN or infinity on a side \(1 NaN\)"],
         ),
+        (("bf16", [1, np.nan]), ("bf16", [2, np.nan]), ["^1 weight with NaN or infinity"]),
         (("bf16", [1, 2]), ("bf16", [1, 2]), ["no compared weight differs"]),
     ],
 )
@@ -246,6 +256,69 @@ def test_two_stored_formats_are_warned_about(tmp_path):
     ]
     found = diff_checkpoints(*sides, casts=["bf16"])
     assert "stored as fp32 before and bf16 after, compared as bf16" in diff_rows.warnings(found)[0]
+
+
+@pytest.mark.parametrize("view", VIEWS[1:])
+@pytest.mark.parametrize("dtype", ["fp64", *(name for name in FLOATS if name != "fp64")])
+def test_a_view_holds_a_format_if_no_value_is_rounded(dtype, view):
+    """Every value of the narrow formats; of the wide ones, the extremes and the finest steps."""
+    width = FLOATS[dtype].itemsize
+    if width <= 2:
+        bits = np.arange(2 ** (8 * width)).astype(f"u{width}")
+        given = bits.view(FLOATS[dtype])
+    else:
+        limits = np.finfo(FLOATS[dtype])
+        given = np.array([limits.max, limits.smallest_subnormal, 1 + limits.eps], FLOATS[dtype])
+    with np.errstate(all="ignore"):
+        given = given.astype(np.float64)
+        rounded = given.astype(FLOATS[view]).astype(np.float64)
+    is_exact = np.array_equal(given, rounded, equal_nan=True)
+    assert (dtype in diff_rows.HELD[view]) == is_exact
+
+
+def test_a_cast_that_rounds_nothing_is_not_warned_about(tmp_path):
+    sides = [
+        write_folder(tmp_path / dtype, {"a": planted_tensor(dtype, [1, 2])})
+        for dtype in ("bf16", "fp8_e4m3")
+    ]
+    lossy, exact = (diff_checkpoints(*sides, casts=[cast]) for cast in ("fp8_e4m3", "bf16"))
+    assert any("rounding to it can hide" in said for said in diff_rows.warnings(lossy))
+    assert not any("rounding to it" in said for said in diff_rows.warnings(exact))
+
+
+def test_formats_of_tensors_on_one_side_only_are_not_rounded(tmp_path):
+    before = {"a": planted_tensor("bf16", [1, 2]), "b": planted_tensor("fp32", [1])}
+    found = folders(tmp_path, before, {"a": planted_tensor("bf16", [1, 4])})
+    assert diff_rows.warnings(found) == []
+
+
+def codes(dtype, numbers):
+    return Tensor(dtype, (len(numbers), 1), np.array(numbers, np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "scales"),
+    [
+        ({"a.weight_scale_inv": 1}, {"a.weight_scale_inv": 2}, "1 scale tensor"),
+        ({"a.weight_scale": 1}, {}, "1 scale tensor"),
+        ({}, {"a.scales": 1, "a.qzeros": 1}, "2 scale tensors"),
+        ({"a.weight.absmax": 1}, {"b.weight.absmax": 1}, "2 scale tensors"),
+        ({"a.scale": 1, "scales.a": 1}, {"a.scale": 2, "scales.a": 1}, None),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["fp8_e4m3", "fp8_e5m2", "u8", "bf16"])
+def test_codes_are_not_taken_for_values(tmp_path, dtype, before, after, scales):
+    weights = planted_tensor("bf16", [1, 2]) if dtype == "bf16" else codes(dtype, [1, 2])
+    sides = [
+        {"a.weight": weights} | {name: planted_tensor("fp32", [x]) for name, x in side.items()}
+        for side in (before, after)
+    ]
+    said = [s for s in diff_rows.warnings(folders(tmp_path, *sides)) if "code by code" in s]
+    if scales and dtype != "bf16":
+        assert len(said) == 1
+        assert said[0].endswith(f"dequantise both sides to compare values ({scales})")
+    else:
+        assert said == []
 
 
 def spectrum(tensor, kind, **changes):
@@ -279,8 +352,49 @@ def test_spectra_are_medians_beside_their_null():
 
 def test_merged_adapters_are_warned_about(diff):
     assert diff_rows.warnings(diff) == []
-    (sentence,) = diff_rows.warnings(diff, SPECTRA)
+    sentence, left_out = diff_rows.warnings(diff, SPECTRA)
     assert re.search("1 of 3 matrices look like a merged adapter", sentence)
+    assert left_out == "1 matrix holds NaN or infinities: no spectrum"
+
+
+def test_spectra_in_words():
+    (line,) = diff_rows.spectrum_lines(SPECTRA)
+    assert line == [
+        *("q", "2", "75.00 %", "37.50 %", "50.00 %", "100 %", "3", "0.5"),
+        *(NOTHING, NOTHING, "1"),
+    ]
+
+
+@pytest.mark.parametrize("share", [0.9996, 0.99999])
+def test_nearly_full_rank_is_not_full(share):
+    (line,) = diff_rows.spectrum_lines([spectrum("a", "update", rank_share_default=share)])
+    assert line[2].startswith("99.9")
+
+
+def test_long_lists_are_cut(tmp_path):
+    accounting = {
+        "renamed_tensors": {},
+        "mapped_tensors": {"experts": [f"expert.{i}" for i in range(384)], "ab": ["a", "b"]},
+        "resized_tensors": [],
+    }
+    (row,) = diff_rows.matched_rows(accounting)
+    assert row["tensors"] == ["experts = expert.0 + 383 more", "ab = a + b"]
+    assert diff_rows.shortened(list("abc"), 3) == "a, b, c"
+    assert diff_rows.shortened(list("abcd"), 2) == "a, b and 2 more"
+    before = {f"gone.{i:02}": planted_tensor("bf16", [i]) for i in range(30)}
+    kept = {f"kept.{i:02}": planted_tensor("bf16", [i]) for i in range(30)}
+    sides = (
+        write_folder(tmp_path / "before", before | kept),
+        write_folder(tmp_path / "after", {f"net.{name}": value for name, value in kept.items()}),
+    )
+    found = diff_checkpoints(*sides, aliases={"net.": ""}, extra_tables=PAGE_TABLES)
+    text = " ".join(Elements(diff_page.build_page(found)).text)
+    assert "gone.19 and 10 more" in text
+    assert "net.kept.19 = kept.19 and 10 more" in text
+    terminal = io.StringIO()
+    diff_terminal.print_diff(Console(file=terminal, width=10_000), found)
+    assert "(gone.00, gone.01, gone.02, gone.03, gone.04 and 25 more)" in terminal.getvalue()
+    assert "net.kept.04 = kept.04 and 25 more)" in terminal.getvalue()
 
 
 def test_stripes_of_a_striped_update(tmp_path):
@@ -353,7 +467,8 @@ def test_the_folder_holds_the_tables_the_json_and_the_page(diff, tmp_path):
         for found, row in zip(table, rows, strict=True):
             for key, value in row.items():
                 assert np.array_equal(found[key], value), (name, key)
-    assert json.loads((folder / "diff.json").read_text()) == json.loads(json.dumps(diff.to_json()))
+    said = json.loads((folder / "diff.json").read_text())
+    assert said == json.loads(json.dumps(diff_rows.json_content(diff, None)))
 
 
 def test_an_empty_folder_is_filled_and_a_full_one_kept(diff, tmp_path):
@@ -381,6 +496,42 @@ def test_a_folder_that_cannot_be_made_is_one_clear_line(diff, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot write .*give a new folder"):
         diff_page.write_diff(diff, tmp_path / "file" / "out")
+
+
+def plain(content):
+    """What JSON makes of it; refuses NaN and infinities."""
+    return json.loads(json.dumps(content, allow_nan=False))
+
+
+def test_json_holds_what_is_printed_beside_the_contract(pair, diff):
+    said = plain(diff_rows.json_content(diff, None))
+    extra = {"totals", "modules", "layers", "warnings"}
+    assert {k: v for k, v in said.items() if k not in extra} == plain(diff.to_json())
+    check_measures(said["totals"], pair, SHAPES)
+    bits_before, bits_after, before, after = joined(pair, SHAPES)
+    assert sum(said["totals"]["ulp_histogram"]) == (bits_before != bits_after).sum()
+    flipped = np.signbit(before) != np.signbit(after)
+    assert said["totals"]["num_sign_flips"] == (flipped & (before != 0) & (after != 0)).sum()
+    assert [row["name"] for row in said["modules"]][-2:] == ["head", "all"]
+    assert said["modules"][-1] == {"name": "all"} | said["totals"]
+    assert [row["name"] for row in said["layers"]][:3] == ["0", "1", "2"]
+    assert said["warnings"] == []
+    with_spectra = plain(diff_rows.json_content(diff, SPECTRA))
+    assert len(with_spectra["warnings"]) == 2
+    assert len(with_spectra["spectra"]) == len(SPECTRA)
+
+
+def test_json_is_plain_where_weights_are_not(tmp_path):
+    found = folders(
+        tmp_path,
+        {"a": planted_tensor("fp32", [np.nan, np.inf, -0.0, 1])},
+        {"a": planted_tensor("fp32", [1, np.nan, 0.0, 2])},
+    )
+    said = plain(diff_rows.json_content(found, None))
+    totals = said["totals"]
+    counts = [totals[f"num_{name}"] for name in ("nonfinite", "nan", "zero_sign_flips")]
+    assert counts == [2, 2, 1]
+    assert len(said["warnings"]) == 3
 
 
 # --- page ------------------------------------------------------------------------------------
@@ -430,6 +581,67 @@ def test_the_page_says_what_the_terminal_says(diff):
     assert "Shape of the update" in text
     for name in SHAPES:
         assert name in text
+
+
+def heading(text):
+    return re.search("<title>(.*?)</title>.*<h1>(.*?)</h1>", text, re.DOTALL).groups()
+
+
+@pytest.mark.parametrize(
+    ("casts", "meaning"), [([], "bit for bit"), (["bf16"], "after rounding to bf16")]
+)
+def test_the_headline_is_true_of_the_view(tmp_path, casts, meaning):
+    one, other = (
+        write_folder(tmp_path / name, {"a": planted_tensor("fp32", [1, value])})
+        for name, value in (("before", 2), ("after", 2.00001))
+    )
+    found = diff_checkpoints(one, other, casts=casts, extra_tables=PAGE_TABLES)
+    share = "100 % (exact)" if casts else "50.00 %"
+    title, headline = heading(diff_page.build_page(found))
+    comma = "" if casts else ","
+    assert title.startswith(f"{share} unchanged{comma} {meaning}: ")
+    assert headline == f"{share} of 2 weights are unchanged{comma} {meaning}"
+    same = [said for said in diff_rows.warnings(found) if "no compared weight" in said]
+    assert same == ["no compared weight differs in any bit after rounding to bf16"] * len(casts)
+
+
+def test_the_relative_definition_is_named_as_it_is_measured(tmp_path):
+    """1e-3 of the larger side: 1000 -> 1001.0005 is within it, though not within 1e-3 of 1000."""
+    found = folders(
+        tmp_path, {"a": planted_tensor("fp32", [1000])}, {"a": planted_tensor("fp32", [1001.0005])}
+    )
+    assert found.sparsity["rel_1e-03"] == 1
+    text = " ".join(Elements(diff_page.build_page(found)).text)
+    assert "|Δ| ≤ 1e-03 max(|w|, |w'|)" in text
+    terminal = io.StringIO()
+    diff_terminal.print_diff(Console(file=terminal, width=10_000), found)
+    assert "rel_1e-03: |d| <= 1e-03 max(|w|, |w'|), w before" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("has_finite", [True, False])
+def test_matrices_without_a_spectrum_are_said(diff, has_finite):
+    left_out = [SPECTRA[-1], SPECTRA[-1] | {"tensor": "d"}]
+    rows = [*(SPECTRA[:2] if has_finite else []), *left_out]
+    said = "2 matrices hold NaN or infinities: no spectrum"
+    assert said in " ".join(Elements(diff_page.build_page(diff, rows)).text)
+    terminal = io.StringIO()
+    diff_terminal.print_diff(Console(file=terminal, width=10_000), diff, rows)
+    assert said in terminal.getvalue()
+    assert ("99 % energy" in terminal.getvalue()) == has_finite
+    assert ("1 = no preference" in terminal.getvalue()) == has_finite
+
+
+@pytest.mark.parametrize(("num_layers", "num_modules"), [(3, 11), (41, 4), (3, 10)])
+def test_the_heat_map_always_tells_percentages(num_layers, num_modules):
+    cells = [
+        {"algorithm": "stored", "layer": layer, "module": module, "density": 0.02 * (layer % 3)}
+        for layer in range(num_layers)
+        for module in MODULES[:num_modules]
+    ]
+    text = plots.density_heat_map("stored", cells, 0.04)
+    in_cells = re.findall(r">([024])</text>", text)
+    assert ("4 %" in text) == (num_layers > 40 or num_modules > 10)
+    assert in_cells.count("4") >= num_modules or "4 %" in text
 
 
 def test_equal_diffs_give_equal_pages(diff):

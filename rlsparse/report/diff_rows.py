@@ -38,7 +38,7 @@ MATCHED = {
 """Keys of ``Diff.accounting``: tensors that were compared, though not simply name with name."""
 
 MAX_PARTS = 3
-"""Names of parts of one fused tensor that are spelled out."""
+"""A fused tensor of more parts is named with the first of them only."""
 
 _FP8 = frozenset({"fp8_e4m3", "fp8_e5m2"})
 HELD: dict[str, frozenset[str]] = {
@@ -198,13 +198,18 @@ def _arrows(tensors: Sequence[str] | Mapping[str, str | Sequence[str]]) -> list[
     parts = {
         name: [other] if isinstance(other, str) else list(other) for name, other in tensors.items()
     }
-    return [f"{name} = {shortened(of, MAX_PARTS, ' + ')}" for name, of in parts.items()]
+    return [
+        f"{name} = {' + '.join(of)}"
+        if len(of) <= MAX_PARTS
+        else f"{name} = {of[0]} + {len(of) - 1:,} more"
+        for name, of in parts.items()
+    ]
 
 
-def shortened(names: Sequence[str], most: int, separator: str = ", ") -> str:
+def shortened(names: Sequence[str], most: int) -> str:
     """The first ``most`` names, and how many more there are."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return separator.join(names[:most]) + more
+    return ", ".join(names[:most]) + more
 
 
 def sparsity_by_view(diff: Diff) -> dict[str, dict[str, float]]:
@@ -302,7 +307,11 @@ def warnings(diff: Diff, spectra: Sequence[Row] = ()) -> list[str]:
             total["num_zero_sign_flips"],
             f"{zeros} changed sign only: changed bitwise, unchanged within every tolerance",
         ),
-        (total["sparsity"]["bitwise"] == 1, "no compared weight differs in any bit"),
+        (
+            total["sparsity"]["bitwise"] == 1,
+            "no compared weight differs in any bit"
+            + ("" if view == "stored" else f" after rounding to {view}"),
+        ),
         (hint := adapter_hint(spectra), hint),
         (
             no_spectrum,
@@ -321,7 +330,7 @@ def _rounding(diff: Diff) -> str | None:
         for tensor in diff.tensors
         if tensor["dtype_before"] != tensor["dtype_after"]
     ]
-    if view == "stored" or all(HELD[view] >= set(formats) for formats in mixed):
+    if all(HELD[view] >= set(formats) for formats in mixed):
         return None
     before, after = (", ".join(sorted(set(side))) for side in zip(*mixed, strict=True))
     return (

@@ -167,7 +167,8 @@ def definitions(cells: Sequence[Row], colour: dict[str, str]) -> Markup:
                 marker=MARKERS[i % len(MARKERS)], ls="", ms=7, mfc=colour[cell["algorithm"]],
                 mec=PAPER, label=names[i], clip_on=False,
             )  # fmt: skip
-        ax.set_yticks(range(len(DEFINITIONS)), [definition(d) for d in DEFINITIONS])
+        labels = [definition(name).replace(" max", "\nmax") for name in DEFINITIONS]
+        ax.set_yticks(range(len(DEFINITIONS)), labels)
         ax.set_ylim(len(DEFINITIONS) - 0.5, -0.5)
         percent_axis(ax.xaxis)
         ax.set_xlabel("weights unchanged, mean over seeds")
@@ -195,13 +196,15 @@ def density_heat_map(algorithm: str, rows: Sequence[Row], top: float) -> Markup:
         ax = figure.subplots()
         texts = [[_bare_percent(v) if annotated else "" for v in line] for line in values]
         _heat_map(ax, values, texts, Normalize(0, top or 1), "Blues")
+        if not annotated:
+            percent_axis(figure.colorbar(ax.collections[0], location="bottom", aspect=40).ax.xaxis)
         ax.set_xticks(
             np.arange(len(modules)) + 0.5, modules, rotation=45, ha="left", rotation_mode="anchor"
         )
         ax.set_yticks(np.arange(0, len(layers), every) + 0.5, names[::every])
         ax.set_ylabel("layer")
 
-    height = 70 + max(len(layers) * (20 if annotated else 9), 60)
+    height = 70 + 50 * (not annotated) + max(len(layers) * (20 if annotated else 9), 60)
     title = f"{algorithm}: density by layer and module, in percent; the darkest is {percent(top)}"
     return draw(f"density {algorithm}", title, (WIDTH, height), paint)
 
