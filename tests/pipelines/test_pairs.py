@@ -27,6 +27,7 @@ from rlsparse.checkpoint import Checkpoint, fingerprint
 from rlsparse.diff import EXTRA_TABLES, Diff, diff_checkpoints, plan_diff
 from rlsparse.errors import CheckpointError, PatchError
 from rlsparse.patch import Patch, TensorPair, write_patch
+from rlsparse.report.diff_rows import json_content
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 
@@ -314,7 +315,7 @@ def test_the_command_gives_what_it_gives_without_ray(
     planted.make_pair(tmp_path)
     done = command.run("diff", "before", "after", "--ray", "--address", cluster, "--json", "-")
     assert (done.returncode, done.stderr) == (0, "")
-    expected = diff_checkpoints(tmp_path / "before", tmp_path / "after").to_json()
+    expected = json_content(diff_checkpoints(tmp_path / "before", tmp_path / "after"))
     assert json.loads(done.stdout) == json.loads(json.dumps(expected))
 
 
