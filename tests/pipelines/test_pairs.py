@@ -315,7 +315,7 @@ def test_the_command_gives_what_it_gives_without_ray(
     planted.make_pair(tmp_path)
     done = command.run("diff", "before", "after", "--ray", "--address", cluster, "--json", "-")
     assert (done.returncode, done.stderr) == (0, "")
-    expected = json_content(diff_checkpoints(tmp_path / "before", tmp_path / "after"))
+    expected = json_content(diff_checkpoints(tmp_path / "before", tmp_path / "after"), None)
     assert json.loads(done.stdout) == json.loads(json.dumps(expected))
 
 
