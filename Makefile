@@ -41,4 +41,5 @@ bench: venv
 	$(BIN)/python tests/benchmarks/bench_measure.py
 	$(BIN)/python tests/benchmarks/bench_diff.py
 	$(BIN)/python tests/benchmarks/bench_pairs.py
+	$(BIN)/python tests/benchmarks/bench_spectrum.py
 	$(BIN)/python tests/benchmarks/bench_gpu.py
