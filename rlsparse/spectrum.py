@@ -306,7 +306,7 @@ def spectrum_rows(
     with their number (of pairs) and no statistics.
 
     One pair is in memory at a time: at peak about 45 bytes per weight, and 40 per entry of the
-    Gram matrix. One thread took 2.6 s for 1024 x 4096 (exact: 6.7 s) and 8 s for 2048 x 2048; the
+    Gram matrix. One thread took 3 s for 1024 x 4096 (exact: 6 s) and 8 s for 2048 x 2048; the
     time grows with m n min(m, n).
 
     Args:

@@ -133,6 +133,8 @@ def test_mixed_formats_need_a_cast(tmp_path):
     num_changed = sum(int(changed.sum()) for changed in pair.changed.values())
     rounded = diff_checkpoints(pair.before, after, casts=["bf16"])
     assert rounded.sparsity["bitwise"] == 1 - num_changed / total
+    assert rounded.views == ("bf16", "stored")
+    assert rounded.sparsity_in("stored")["bitwise"] == 0  # both held exactly in fp32
     assert rounded.tensors[0]["dtype_before"] == "bf16"
     assert rounded.tensors[0]["dtype_after"] == "fp32"
     exact = diff_checkpoints(pair.before, after, casts=["fp32"])
@@ -222,3 +224,48 @@ def test_arguments_are_checked(tmp_path):
         diff_checkpoints(pair.before, pair.after, extra_tables=["foo"])
     with pytest.raises(CheckpointError, match="num_threads is 0"):
         diff_checkpoints(pair.before, pair.after, num_threads=0)
+
+
+def test_extra_tables_of_several_chunks_and_pieces(tmp_path, small_chunks, monkeypatch):
+    monkeypatch.setattr("rlsparse.diff.PIECE_BYTES", 128)  # 64 weights of bf16
+    pair = planted.make_pair(tmp_path, density=0.3)
+    progress = []
+    found = diff_checkpoints(
+        pair.before, pair.after, extra_tables=["base_tensors", "stripes", "masks"],
+        on_progress=lambda *told: progress.append(told),
+    )  # fmt: skip
+    assert {row["tensor"] for row in found.tables["stripes"]} == {
+        name for name, shape in planted.LLAMA_SHAPES.items() if len(shape) == 2
+    }
+    for row in found.tables["stripes"]:
+        changed = pair.changed[row["tensor"]].reshape(planted.LLAMA_SHAPES[row["tensor"]])
+        assert (row["num_rows"], row["num_columns"]) == changed.shape
+        assert row["row_counts"].tolist() == changed.sum(1).tolist()
+        assert row["column_counts"].tolist() == changed.sum(0).tolist()
+    for name, changed in pair.changed.items():
+        masks = [row for row in found.tables["masks"] if row["tensor"] == name]
+        packed = b"".join(row["mask"] for row in masks)
+        assert packed == np.packbits(changed, bitorder="little").tobytes()
+    for row in found.tables["base_tensors"]:
+        part = slice(row["start"], row["start"] + row["num_elements"])
+        values = planted.weights(pair.tensors_before[row["tensor"]])[part]
+        assert sum(row["magnitude_histogram"]) == values.size
+        assert row["sum_sq"] == pytest.approx(float((values**2).sum()), rel=1e-12)
+        assert row["shape"] == list(planted.LLAMA_SHAPES[row["tensor"]])
+    done, total = zip(*progress, strict=True)
+    num_bytes = 2 * sum(2 * changed.size for changed in pair.changed.values())
+    assert set(total) == {num_bytes}
+    assert list(done) == sorted(set(done))
+    assert done[-1] == num_bytes
+
+
+def test_rows_of_the_base_cover_what_is_compared(tmp_path):
+    rng = np.random.default_rng(0)
+    folders = [
+        planted.write_folder(
+            tmp_path / str(rows), {EMBED: planted.random_tensor(rng, "bf16", (rows, 4))}
+        )
+        for rows in (13, 10)
+    ]
+    (row,) = diff_checkpoints(*folders, extra_tables=["base_tensors"]).tables["base_tensors"]
+    assert (row["shape"], row["num_elements"]) == ([10, 4], 40)

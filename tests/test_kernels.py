@@ -220,6 +220,25 @@ def test_stripe_counts(num_rows, num_columns, density, seed):
     assert columns.tolist() == mask.sum(0).tolist()
 
 
+def test_stripe_counts_of_many_full_rows():
+    """More rows than a counter of 8 bits holds, several times over."""
+    mask = np.ones((1000, 70), bool)
+    mask[:, 3] = False
+    packed = np.packbits(mask, axis=None, bitorder="little")
+    rows, columns = kernels.stripe_counts(packed, *mask.shape)
+    assert rows.tolist() == [69] * 1000
+    assert columns.tolist() == [0 if column == 3 else 1000 for column in range(70)]
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1e22])
+def test_squares_beyond_the_range_of_fp32(scale):
+    weights = (np.random.default_rng(1).standard_normal(3000) * scale).astype(np.float32)
+    bits = weights.astype(FLOATS["bf16"]).view(np.uint16)
+    values = bits.view(FLOATS["bf16"]).astype(np.float64)
+    found = kernels.measure(bits, bits, "bf16").sum_sq_before
+    assert found == pytest.approx(float((values**2).sum()), rel=4e-7)
+
+
 def test_kernels_are_compiled_once_per_machine(tmp_path):
     code = (
         "import sys, numpy as np; from rlsparse.kernels import measure;"
@@ -247,7 +266,11 @@ def test_kernels_are_compiled_once_per_machine(tmp_path):
         assert machine_code._kept(object_file) is None
     object_file.write_bytes(whole)
     assert machine_code._kept(object_file) == whole[32:]
-    for path, mode in [(object_file, 0o622), (object_file.parent, 0o777)]:
+    for path, mode in [
+        (object_file, 0o620),
+        (object_file.parent, 0o770),
+        (object_file.parent, 0o707),
+    ]:
         before = path.stat().st_mode
         path.chmod(mode)  # others could have put their code there
         assert machine_code._kept(object_file) is None

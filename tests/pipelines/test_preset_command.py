@@ -62,6 +62,16 @@ def test_a_pair_like_the_published_one_passes(run, orpo_like):
     assert {c["definition"]: c["ours"] for c in found["comparisons"]}.items() >= ORPO.items()
 
 
+def test_a_side_in_fp32_is_compared_in_the_cast_of_the_preset(run, orpo_like, tmp_path):
+    before, after = orpo_like
+    bits = np.frombuffer((after / "model.safetensors").read_bytes()[-20_000:], "<u2")
+    wide = Tensor("fp32", (100, 100), (bits.astype(np.uint32) << 16) + np.uint32(1))
+    folder = write_folder(tmp_path / "wide", {"model.layers.0.mlp.up_proj.weight": wide})
+    code, out = run("verify", "mistral-orpo-beta", "--before", before, "--after", folder)
+    assert code == 0  # the last digit of fp32 is lost when rounded to bf16
+    assert "agrees with what was published" in out
+
+
 def test_another_pair_fails_with_exit_code_1(run, tmp_path):
     pair = make_pair(tmp_path, density=0.5)
     code, out = run("verify", "mistral-orpo-beta", "--before", pair.before, "--after", pair.after)
