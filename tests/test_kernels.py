@@ -111,7 +111,7 @@ def assert_same(found: kernels.ChunkCounts, expected: kernels.ChunkCounts) -> No
         if field == "mask":
             assert ours.tobytes() == theirs
         elif field in precision:
-            assert ours == pytest.approx(theirs, rel=precision[field]), field
+            assert ours == pytest.approx(theirs, rel=precision[field], abs=0), field
         else:
             assert ours == theirs, field
 
@@ -236,7 +236,7 @@ def test_squares_beyond_the_range_of_fp32(scale):
     bits = weights.astype(FLOATS["bf16"]).view(np.uint16)
     values = bits.view(FLOATS["bf16"]).astype(np.float64)
     found = kernels.measure(bits, bits, "bf16").sum_sq_before
-    assert found == pytest.approx(float((values**2).sum()), rel=4e-7)
+    assert found == pytest.approx(float((values**2).sum()), rel=4e-7, abs=0)
 
 
 def test_kernels_are_compiled_once_per_machine(tmp_path):
