@@ -42,4 +42,5 @@ bench: venv
 	$(BIN)/python tests/benchmarks/bench_diff.py
 	$(BIN)/python tests/benchmarks/bench_pairs.py
 	$(BIN)/python tests/benchmarks/bench_spectrum.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_trial.py
 	$(BIN)/python tests/benchmarks/bench_gpu.py

@@ -7,11 +7,13 @@ import pyarrow as pa
 
 from pipelines.diff import read_parts, write_table
 from pipelines.plan import Plan
+from pipelines.storage import MARKER
 from rlsparse import tables
 from rlsparse.claims import judge
-from rlsparse.config import canonical_json
+from rlsparse.config import TrialConfig
 from rlsparse.effects import effects, responses
-from rlsparse.errors import RlsparseError
+from rlsparse.errors import RlsparseError, TrialError
+from rlsparse.identity import canonical_json
 from rlsparse.patch import PATCH_FILE, Patch
 from rlsparse.study import Study, Trial
 from rlsparse.tables import SUMMARY, snapshot_folder
@@ -73,6 +75,41 @@ def identical_replicates(plan: Plan) -> dict[str, bool]:
         for trial in finished
         if trial.replicate > 0 and trial.config in originals
     }
+
+
+def check_seeds(plan: Plan) -> None:
+    """Refuse finished trials that differ in the seed alone and changed the same weights alike.
+
+    Their seed does not reach training, so they are no replications of each other. Trials that
+    changed nothing (learning rate 0) are alike in any case.
+
+    Raises:
+        TrialError: there are such trials; names them.
+    """
+    alike: dict[tuple[TrialConfig, int, str], list[Trial]] = {}
+    for trial in plan.finished():
+        last = f"{snapshot_folder(trial.config.train.num_steps)}/{PATCH_FILE}"
+        files = plan.storage.read_json(f"trials/{trial.trial_id}/{MARKER}")["files"]
+        rest = trial.config.model_copy(update={"seed": 0})
+        # The same weights give the same bytes of the patch.
+        alike.setdefault((rest, trial.replicate, files[last]["sha256"]), []).append(trial)
+    groups = [group for group in alike.values() if len(group) > 1 and _changed(plan, group[0])]
+    if groups:
+        named = "; ".join(
+            " = ".join(f"{trial.label} ({trial.trial_id})" for trial in group) for group in groups
+        )
+        raise TrialError(
+            "seed not plumbed: trials of different seeds left the same weights, bit for bit: "
+            f"{named}; give more train problems than fit a batch, let train.data_seed, "
+            "algorithm.sampling_seed or algorithm.init_seed follow the seed (null), or see where "
+            "the algorithm loses it"
+        )
+
+
+def _changed(plan: Plan, trial: Trial) -> bool:
+    last = snapshot_folder(trial.config.train.num_steps)
+    with plan.storage.local_copy(f"trials/{trial.trial_id}/{last}/{PATCH_FILE}") as path:
+        return Patch.open(path).num_changed > 0
 
 
 def run(plan: Plan, registered: dict[str, str]) -> dict[str, pa.Table]:

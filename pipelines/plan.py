@@ -7,16 +7,17 @@ from pathlib import Path
 from pipelines.ledger import Entry, Ledger
 from pipelines.storage import Storage
 from rlsparse.checkpoint import Checkpoint, fingerprint
-from rlsparse.config import STORED_DTYPE, DpoConfig, ModelConfig, TrialConfig
+from rlsparse.config import STORED_DTYPE, ModelConfig, SampledDataConfig, TrialConfig
 from rlsparse.errors import CheckpointError, ConfigError
 from rlsparse.models import resolve
 from rlsparse.study import Study, Trial, expand
-from rlsparse.tasks import task_version
+from rlsparse.tasks import data_version
 
 _ITEMSIZE = {"bf16": 2, "fp32": 4}
 _FLOP_PER_S = 2e10
 """Measured for the tiny base on one core; a rough guide, several-fold off on other hardware."""
-_PROMPT_TOKENS = 12
+_PROMPT_TOKENS = {"simple_equations": 24, "dataset": 128}
+"""Rough length of a task's prompts, where it is not that of a line of arithmetic."""
 _STARTUP_S = 25.0
 
 
@@ -93,12 +94,13 @@ def make_plan(study: Study, storage_url: str, only: str | None = None) -> Plan:
         only: run just the trials whose id begins with this.
 
     Raises:
-        ConfigError: ``only`` matches no trial.
+        ConfigError: ``only`` matches no trial, or the data of a trial are not there.
+        CheckpointError: a base is not there, or damaged.
     """
     trials = expand(
         study,
         fingerprint=lambda model: load_base(model).fingerprint,
-        task_version=task_version(study.baseline.task),
+        data_version=data_version,
     )
     storage = Storage(storage_url).sub(study.name)
     if only is not None and not any(trial.trial_id.startswith(only) for trial in trials):
@@ -116,14 +118,16 @@ def patch_bytes(config: TrialConfig, num_weights: int) -> int:
 
 def cpu_seconds(config: TrialConfig, num_weights: int) -> float:
     """Rough CPU time of a trial: floating-point operations over a measured rate."""
-    length = _PROMPT_TOKENS + config.task.max_completion_tokens
+    task, algorithm = config.task, config.algorithm
+    prompt = _PROMPT_TOKENS.get(task.name, 12) * (1 + task.num_shots)
+    length = prompt + task.max_completion_tokens
     steps = config.train.num_steps * config.train.batch_size
-    work = steps * config.algorithm.FLOP_PER_WEIGHT_TOKEN
+    work = steps * algorithm.FLOP_PER_WEIGHT_TOKEN
     num_scores = len(config.snapshot_steps) + 1 if config.probe.score_snapshots else 2
-    work += 2.0 * num_scores * config.task.num_eval_problems
-    if isinstance(config.algorithm, DpoConfig):
-        samples = config.task.num_train_problems * config.algorithm.num_samples_per_prompt
-        work += 2.0 * samples
+    work += 2.0 * num_scores * task.num_eval_problems
+    samples_first = getattr(algorithm, "data", "sampled") == "sampled"
+    if isinstance(algorithm, SampledDataConfig) and samples_first:
+        work += 2.0 * task.num_train_problems * algorithm.num_samples_per_prompt
     return work * length * num_weights / _FLOP_PER_S
 
 

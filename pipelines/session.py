@@ -35,6 +35,8 @@ class RaySession:
         os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
         # Else Tune takes Ctrl-C for the wish to end the sweep, and the study would go on.
         os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+        # Else relative paths of data and modules would be looked for in a folder of Tune's.
+        os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
         import ray
 
         settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "critical"}

@@ -24,8 +24,8 @@ from pipelines import aggregate
 from pipelines.plan import Plan
 from pipelines.progress import Progress
 from pipelines.session import RaySession
-from rlsparse.config import canonical_json
 from rlsparse.errors import ConfigError
+from rlsparse.identity import canonical_json
 from rlsparse.report.study_page import build_report
 from rlsparse.study import Trial
 from rlsparse.tables import SCHEMA_VERSION
@@ -57,6 +57,7 @@ def run_study(
     Raises:
         ConfigError: the trials that are done were made with other versions or hardware.
         StorageError: the storage is not writable, or another driver is at work on the study.
+        TrialError: trials of different seeds are alike; tables and report are there all the same.
     """
     plan.storage.check_writable()
     with plan.storage.lock():
@@ -92,7 +93,11 @@ def run_study(
                 console.print(f"all {len(plan.trials)} trials are done", highlight=False)
             else:
                 console.print(f"trial {only} is done", highlight=False)
-            return {} if only is not None else _analyse(plan, session, console)
+            if only is not None:
+                return {}
+            tables = _analyse(plan, session, console)
+    aggregate.check_seeds(plan)
+    return tables
 
 
 def rebuild(plan: Plan, *, console: Console) -> Tables:

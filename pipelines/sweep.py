@@ -21,7 +21,7 @@ from pipelines.ledger import Ledger
 from pipelines.plan import Plan, load_base
 from pipelines.storage import Storage
 from rlsparse.config import TrialConfig
-from rlsparse.errors import RlsparseError
+from rlsparse.errors import ConfigError, RlsparseError
 from rlsparse.study import Resources, Trial
 
 _REPORT_INTERVAL_S = 0.5
@@ -97,6 +97,7 @@ def run_trial(spec: dict[str, Any], report: Any = lambda metrics: None) -> None:
     try:
         try:
             base = load_base(config.model, expect=spec["base_fingerprint"])
+            _check_data(config, expect=spec["data_version"])
             train_trial(
                 config,
                 trial_id=name,
@@ -115,6 +116,23 @@ def run_trial(spec: dict[str, Any], report: Any = lambda metrics: None) -> None:
     ledger.finish(name)
 
 
+def _check_data(config: TrialConfig, expect: str) -> None:
+    """Refuse data, or code of the user's reward, of another content than the study's plan.
+
+    Raises:
+        ConfigError: they are other ones, or not there.
+    """
+    from rlsparse.tasks import data_version
+
+    found = data_version(config)
+    if found != expect:
+        raise ConfigError(
+            f"data of task {config.task.name} and algorithm {config.algorithm.name} have version "
+            f"{found} on this machine, the study was planned with {expect}; put the same files on "
+            "every node"
+        )
+
+
 def _scratch(trial_id: str, pid: int | None) -> Path:
     """Where a worker process keeps the files of a trial until they are published."""
     return Path(tempfile.gettempdir()) / f"rlsparse-trial-{trial_id}-{pid}"
@@ -126,6 +144,7 @@ def _spec(plan: Plan, trial: Trial) -> dict[str, Any]:
         "config": trial.config.model_dump(mode="json"),
         "storage": plan.storage.url,
         "base_fingerprint": plan.base(trial).fingerprint,
+        "data_version": trial.data_version,
         "num_threads": plan.study.resources.num_threads,
     }
 

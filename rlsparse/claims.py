@@ -26,7 +26,6 @@ import pyarrow as pa
 from scipy import special
 
 from rlsparse import statistics, tables
-from rlsparse.config import canonical_json
 from rlsparse.definitions import DEFINITIONS
 from rlsparse.evidence import (
     IDENTICAL,
@@ -38,6 +37,7 @@ from rlsparse.evidence import (
     observe,
     selectors,
 )
+from rlsparse.identity import canonical_json
 from rlsparse.statistics import Floats
 from rlsparse.study import (
     AboveNullClaim,

@@ -4,30 +4,20 @@ Defaults are the vetted setting; a study lists only what differs. Importing this
 torch. Adding an algorithm or a task starts here, with one class and one entry in its union.
 """
 
-import hashlib
-import json
-import types
-import typing
-from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from rlsparse.definitions import Module
+from rlsparse.task_config import ChainSumConfig, TaskConfig
+from rlsparse.variants import Config, function_or
 
 Precision = Literal["bf16", "bf16-weights", "bf16-mixed", "fp32"]
 
 STORED_DTYPE: dict[Precision, str] = {
-    "bf16": "bf16",
-    "bf16-weights": "bf16",
-    "bf16-mixed": "bf16",
-    "fp32": "fp32",
-}
+    "bf16": "bf16", "bf16-weights": "bf16", "bf16-mixed": "bf16", "fp32": "fp32",
+}  # fmt: skip
 """The number format in which a trial of each precision regime leaves its weights."""
-
-
-class Config(BaseModel):
-    """Base of all configuration: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelConfig(Config):
@@ -36,76 +26,212 @@ class ModelConfig(Config):
     source: str = Field("tiny", min_length=1)
 
 
-class ChainSumConfig(Config):
-    """Sums such as ``4 - 1 + 7``, from reasoning-gym's ``chain_sum``.
+Reward = Annotated[str, function_or("task", "shuffled", "random")]
+"""Where rewards come from: the task's grader, or ``module:function`` of the user's own code,
+called with lists ``prompts``, ``completions``, ``answers`` and giving one float each. Two
+surrogates carry no information: ``shuffled`` permutes the grades among the completions of a prompt,
+``random`` tosses a coin for each."""
 
-    ``num_terms`` and ``num_digits`` set the difficulty; ``num_shots`` puts that many solved
-    problems (of the pretrain split) before each prompt, for models that were not trained on the
-    task.
+
+class OnlineConfig(Config):
+    """What the algorithms share that sample from the policy while they train it.
+
+    One rollout samples ``steps_per_rollout`` batches and each serves ``num_iterations`` passes:
+    1 and 1 is strictly on-policy (the ratio is 1 and ``clip_range`` never acts); else the last of
+    its steps sees samples that are ``steps_per_rollout * num_iterations - 1`` steps old.
+    ``clip_range: null`` turns ratio clipping off. ``sampling_seed: null`` follows the trial's seed.
     """
 
-    name: Literal["chain_sum"] = "chain_sum"
-    num_terms: int = Field(3, ge=2, le=6)
-    num_digits: int = Field(1, ge=1, le=4)
-    num_shots: int = Field(0, ge=0, le=8)
-    num_train_problems: int = Field(768, ge=1)
-    num_eval_problems: int = Field(512, ge=1)
-    max_completion_tokens: int = Field(6, ge=1)
+    FLOP_PER_WEIGHT_TOKEN: ClassVar[float] = 10.0  # samples, reference, forward and backward
+
+    reward: Reward = "task"
+    kl_coef: float = Field(0.0, ge=0)
+    num_generations: int = Field(8, ge=2)
+    temperature: float = Field(1.0, gt=0)
+    clip_range: float | None = Field(0.2, gt=0)
+    num_iterations: int = Field(1, ge=1)
+    steps_per_rollout: int = Field(1, ge=1)
+    sampling_seed: int | None = Field(None, ge=0, lt=2**31)
+
+    def check_rollout(self, micro_batch_size: int, batch_size: int, num_problems: int) -> None:
+        """Refuse batches that hold no whole groups, and rollouts of more prompts than there are."""
+        count = self.num_generations
+        if micro_batch_size % count:
+            raise ValueError(
+                f"train.batch_size / gradient_accumulation_steps = {micro_batch_size} must be a "
+                f"multiple of algorithm.num_generations {count}"
+            )
+        if (needed := batch_size * self.steps_per_rollout // count) > num_problems:
+            raise ValueError(
+                f"a rollout takes {needed} prompts (train.batch_size * algorithm.steps_per_rollout "
+                f"/ num_generations), task.num_train_problems is {num_problems}; raise it"
+            )
 
 
-TaskConfig = ChainSumConfig
-"""One task so far; a second one makes this a union discriminated by ``name``."""
+class GrpoConfig(OnlineConfig):
+    """Group relative policy optimisation (2402.03300)."""
+
+    name: Literal["grpo"] = "grpo"
+    kl_coef: float = Field(0.04, ge=0)
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+
+
+class RlooConfig(OnlineConfig):
+    """REINFORCE leave-one-out (2402.14740)."""
+
+    name: Literal["rloo"] = "rloo"
+    kl_coef: float = Field(0.03, ge=0)
+
+
+class PpoConfig(OnlineConfig):
+    """Proximal policy optimisation (1707.06347) with a critic, as in InstructGPT (2203.02155, C.4).
+
+    The critic starts from the base with a scalar head seeded by ``init_seed`` (null: the trial's
+    seed), and has its own learning rate.
+    """
+
+    FLOP_PER_WEIGHT_TOKEN: ClassVar[float] = 18.0
+
+    name: Literal["ppo"] = "ppo"
+    kl_coef: float = Field(0.02, ge=0)
+    steps_per_rollout: int = Field(8, ge=1)
+    discount: float = Field(1.0, gt=0, le=1)
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    value_clip_range: float | None = Field(0.2, gt=0)
+    value_learning_rate: float = Field(1e-5, ge=0)
+    init_seed: int | None = Field(None, ge=0, lt=2**31)
+
+
+class PrimeConfig(OnlineConfig):
+    """Process reinforcement through implicit rewards (2502.01456).
+
+    ``reward_beta`` scales the log-ratio that is the implicit reward; prompts whose share of right
+    completions lies outside [``min_accuracy``, ``max_accuracy``] are left out of a step.
+    """
+
+    FLOP_PER_WEIGHT_TOKEN: ClassVar[float] = 18.0
+
+    name: Literal["prime"] = "prime"
+    discount: float = Field(1.0, gt=0, le=1)
+    reward_beta: float = Field(0.05, gt=0)
+    reward_learning_rate: float = Field(1e-6, ge=0)
+    min_accuracy: float = Field(0.2, ge=0, le=1)
+    max_accuracy: float = Field(0.8, ge=0, le=1)
 
 
 class SftConfig(Config):
-    """Supervised fine-tuning on gold completions, the control that every RL claim needs.
+    """Supervised fine-tuning, the control that every RL claim needs.
 
-    ``FLOP_PER_WEIGHT_TOKEN`` of each algorithm class is for the estimate of ``--dry-run``.
+    ``data`` is ``gold`` (the task's own solutions), or a file, URL or hub id with columns prompt
+    and completion. ``FLOP_PER_WEIGHT_TOKEN`` of each class is for the estimate of ``--dry-run``.
     """
 
     FLOP_PER_WEIGHT_TOKEN: ClassVar[float] = 6.0
 
     name: Literal["sft"] = "sft"
+    data: str = Field("gold", min_length=1)
 
 
-class DpoConfig(Config):
-    """Direct preference optimisation (2305.18290) on pairs sampled from the base and graded.
+class SampledDataConfig(Config):
+    """What the algorithms share that learn from completions sampled once, from the base.
 
-    ``beta`` is DPO's own temperature; it is not a KL coefficient and is never pooled with one.
+    ``num_samples_per_prompt`` completions of each prompt are sampled at ``temperature``, and
+    rewarded.
     """
 
-    FLOP_PER_WEIGHT_TOKEN: ClassVar[float] = 16.0  # two sequences, each with a reference pass
-
-    name: Literal["dpo"] = "dpo"
-    beta: float = Field(0.1, gt=0)
+    reward: Reward = "task"
     num_samples_per_prompt: int = Field(8, ge=2)
     temperature: float = Field(1.0, gt=0)
+    sampling_seed: int | None = Field(None, ge=0, lt=2**31)
 
 
-class GrpoConfig(Config):
-    """Group relative policy optimisation (2402.03300), strictly on-policy by default."""
+class RftConfig(SampledDataConfig):
+    """Rejection-sampling fine-tuning (2308.01825): SFT on the base's own right completions."""
 
-    FLOP_PER_WEIGHT_TOKEN: ClassVar[float] = 8.0  # samples first
+    FLOP_PER_WEIGHT_TOKEN: ClassVar[float] = 6.0
 
-    name: Literal["grpo"] = "grpo"
-    kl_coef: float = Field(0.0, ge=0)
-    num_generations: int = Field(8, ge=2)
-    temperature: float = Field(1.0, gt=0)
-    clip_range: float = Field(0.2, gt=0)
-    num_iterations: int = Field(1, ge=1)
-    scale_rewards: Literal["group", "batch", "none"] = "group"
+    name: Literal["rft"] = "rft"
 
 
-AlgorithmConfig = Annotated[SftConfig | DpoConfig | GrpoConfig, Field(discriminator="name")]
+class PreferenceConfig(SampledDataConfig):
+    """What the algorithms share that learn from preferences.
+
+    ``data`` is ``sampled`` (of the base's completions of a prompt the best is chosen, the worst
+    rejected: in-distribution), ``gold`` (the task's solution chosen, that of another problem
+    rejected: off-distribution), or a file, URL or hub id with columns prompt, chosen, rejected
+    (KTO: prompt, completion, label). ``beta`` is each algorithm's own temperature, not a KL
+    coefficient, and never pooled with one.
+    """
+
+    FLOP_PER_WEIGHT_TOKEN: ClassVar[float] = 12.0  # two sequences
+
+    data: str = Field("sampled", min_length=1)
+    beta: float = Field(0.1, gt=0)
+
+    @model_validator(mode="after")
+    def _reward_acts(self) -> "PreferenceConfig":
+        if self.data != "sampled" and self.reward != "task":
+            raise ValueError(
+                f"reward {self.reward} would do nothing with data {self.data}: only sampled "
+                "completions are rewarded; set data to sampled, or reward to task"
+            )
+        return self
+
+
+class DpoConfig(PreferenceConfig):
+    """Direct preference optimisation (2305.18290)."""
+
+    FLOP_PER_WEIGHT_TOKEN: ClassVar[float] = 16.0  # each of both with a reference pass
+
+    name: Literal["dpo"] = "dpo"
+
+
+class SimpoConfig(PreferenceConfig):
+    """Simple preference optimisation (2405.14734), without a reference."""
+
+    name: Literal["simpo"] = "simpo"
+    beta: float = Field(2.0, gt=0)
+    gamma: float = Field(1.0, ge=0)
+
+
+class OrpoConfig(PreferenceConfig):
+    """Odds ratio preference optimisation (2403.07691); ``beta`` is the paper's lambda."""
+
+    name: Literal["orpo"] = "orpo"
+
+
+class KtoConfig(PreferenceConfig):
+    """Kahneman-Tversky optimisation (2402.01306) on single completions that are right or wrong."""
+
+    name: Literal["kto"] = "kto"
+    desirable_weight: float = Field(1.0, gt=0)
+    undesirable_weight: float = Field(1.0, gt=0)
+
+
+AlgorithmConfig = Annotated[
+    SftConfig
+    | RftConfig
+    | DpoConfig
+    | SimpoConfig
+    | OrpoConfig
+    | KtoConfig
+    | GrpoConfig
+    | RlooConfig
+    | PpoConfig
+    | PrimeConfig,
+    Field(discriminator="name"),
+]
 
 
 class TrainConfig(Config):
     """How weights are moved. ``batch_size`` counts the sequences of one optimizer step.
 
-    A DPO pair counts as one sequence. ``max_grad_norm: null`` turns clipping off. The four
+    A preference pair counts as one sequence. ``max_grad_norm: null`` turns clipping off. The four
     precision regimes are: ``bf16`` (weights, gradients and moments in bf16), ``bf16-weights``
     (bf16 weights, fp32 moments), ``bf16-mixed`` (fp32 master weights, bf16 autocast; what RL
-    stacks use) and ``fp32``. ``learning_rate: 0`` is allowed: it is a control.
+    stacks use) and ``fp32``. ``learning_rate: 0`` is allowed: it is a control. ``momentum`` is that
+    of ``sgd-momentum``. Only weights of ``trainable_modules`` in ``trainable_layers`` are trained;
+    null means all. ``data_seed`` orders the data; null follows the trial's seed.
     """
 
     num_steps: int = Field(150, ge=1)
@@ -113,7 +239,8 @@ class TrainConfig(Config):
     learning_rate: float = Field(1e-5, ge=0)
     precision: Precision = "bf16-mixed"
     max_grad_norm: float | None = Field(1.0, gt=0)
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "sgd-momentum"] = "adamw"
+    momentum: float = Field(0.9, gt=0, lt=1)
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
@@ -121,6 +248,16 @@ class TrainConfig(Config):
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
     gradient_accumulation_steps: int = Field(1, ge=1)
+    trainable_modules: Annotated[tuple[Module, ...], Field(min_length=1)] | None = None
+    trainable_layers: (
+        Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None
+    ) = None
+    data_seed: int | None = Field(None, ge=0, lt=2**31)
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences of one forward pass."""
+        return self.batch_size // self.gradient_accumulation_steps
 
     @model_validator(mode="after")
     def _batch_splits(self) -> "TrainConfig":
@@ -161,13 +298,14 @@ class TrialConfig(Config):
             raise ValueError(
                 f"probe.snapshots {beyond} lie beyond train.num_steps {self.train.num_steps}"
             )
-        algorithm = self.algorithm
-        micro = self.train.batch_size // self.train.gradient_accumulation_steps
-        if isinstance(algorithm, GrpoConfig) and micro % algorithm.num_generations:
+        algorithm, micro = self.algorithm, self.train.micro_batch_size
+        if isinstance(algorithm, KtoConfig) and micro < 2:
             raise ValueError(
-                f"train.batch_size / gradient_accumulation_steps = {micro} must be a multiple of "
-                f"algorithm.num_generations {algorithm.num_generations}"
+                "kto compares the sequences of a forward pass with each other; train.batch_size / "
+                f"gradient_accumulation_steps is {micro} and must be at least 2"
             )
+        if isinstance(algorithm, OnlineConfig):
+            algorithm.check_rollout(micro, self.train.batch_size, self.task.num_train_problems)
         return self
 
     @property
@@ -176,64 +314,23 @@ class TrialConfig(Config):
         return tuple(sorted({*self.probe.snapshots, self.train.num_steps}))
 
     @property
+    def data_seed(self) -> int:
+        """Seed of the order of the data."""
+        return self.seed if self.train.data_seed is None else self.train.data_seed
+
+    @property
+    def sampling_seed(self) -> int:
+        """Seed of the sampling of completions."""
+        own: int | None = getattr(self.algorithm, "sampling_seed", None)
+        return self.seed if own is None else own
+
+    @property
+    def init_seed(self) -> int:
+        """Seed of weights that training adds to the base (the head of PPO's critic)."""
+        own: int | None = getattr(self.algorithm, "init_seed", None)
+        return self.seed if own is None else own
+
+    @property
     def stored_dtype(self) -> str:
         """Number format of the weights that this trial leaves: ``bf16`` or ``fp32``."""
         return STORED_DTYPE[self.train.precision]
-
-
-def models_of(annotation: Any) -> Iterator[type[BaseModel]]:
-    """All configuration classes that an annotation admits."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif typing.get_origin(annotation) in (Annotated, typing.Union, types.UnionType, tuple, list):
-        for argument in typing.get_args(annotation):
-            yield from models_of(argument)
-
-
-def tag_of(model: type[BaseModel]) -> str | None:
-    """What ``name`` or ``kind`` says in a member of a union; None for other classes."""
-    for field in ("name", "kind"):
-        if field in model.model_fields:
-            values = typing.get_args(model.model_fields[field].annotation)
-            if len(values) == 1:
-                return str(values[0])
-    return None
-
-
-def canonical_json(value: Any) -> str:
-    """The one JSON text of ``value``: sorted keys, no spaces, floats by ``repr``, no NaN."""
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    )
-
-
-def trial_id(
-    config: TrialConfig,
-    *,
-    replicate: int,
-    num_threads: int,
-    num_workers: int,
-    base_fingerprint: str,
-    task_version: str,
-) -> str:
-    """Name of a trial: the first 12 hex digits of the sha256 of all that determines its bits.
-
-    Args:
-        config: the resolved configuration; where the base lies (``model.source``) is replaced by
-            what it contains.
-        replicate: 0, or k for the k-th rerun of the same trial under the same seed.
-        num_threads: CPU threads of the trial, fixed for a study.
-        num_workers: processes that train the trial together.
-        base_fingerprint: content hash of the base model.
-        task_version: version of the task's data and grader.
-    """
-    resolved = config.model_dump(mode="json", exclude={"keep_checkpoints": True, "model": True})
-    identity = {
-        "config": resolved,
-        "replicate": replicate,
-        "num_threads": num_threads,
-        "num_workers": num_workers,
-        "base": base_fingerprint,
-        "task_version": task_version,
-    }
-    return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:12]

@@ -1,5 +1,7 @@
 """The words of every measurement: what *unchanged* means, number formats, modules, bins."""
 
+from typing import Literal, get_args
+
 ABS_TOLERANCES: tuple[str, ...] = ("1e-08", "1e-07", "1e-06", "1e-05", "1e-04")
 REL_TOLERANCE = "1e-03"
 DEFINITIONS: tuple[str, ...] = (
@@ -11,10 +13,11 @@ DEFINITIONS: tuple[str, ...] = (
 
 VIEWS: tuple[str, ...] = ("stored", "fp32", "bf16", "fp16", "fp8_e4m3")
 
-MODULES: tuple[str, ...] = (
+Module = Literal[
     "q", "k", "v", "o", "qkv", "gate", "up", "gate_up", "down",
     "router", "norm", "embed", "head", "bias", "other",
-)  # fmt: skip
+]  # fmt: skip
+MODULES: tuple[str, ...] = get_args(Module)
 
 ULP_BINS: tuple[str, ...] = (
     "1", "2", "3-4", "5-8", "9-16", "17-32", "33-64", "65-128", "129-256", ">256",

@@ -1,4 +1,4 @@
-"""How factors move responses: selection and matching of runs, contrasts, intervals, corrections.
+"""How factors move responses: contrasts between matched runs, intervals, corrections.
 
 The unit of analysis is the seed: runs of the same seed share prompts and data order, so their
 differences are averaged first and the intervals are over seeds. Responses that are fractions are
@@ -6,20 +6,16 @@ compared as log odds, with the continuity (k + .5) / (n + 1) that keeps empty an
 and shrinks as n grows.
 """
 
-import itertools
-import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
 from rlsparse import tables
-from rlsparse.config import canonical_json
 from rlsparse.definitions import DEFINITIONS
-from rlsparse.errors import TableError
+from rlsparse.levels import level_label, tags_of
+from rlsparse.selection import Pair, apart, by_seed, factor_pairs, matched_pairs, with_configs
 from rlsparse.statistics import (
     CI_LEVEL,
     Floats,
@@ -30,10 +26,7 @@ from rlsparse.statistics import (
     sign_flip_floor,
     t_interval,
 )
-from rlsparse.study import At, Scalar, Study, level_label, reference_level
-
-_COLUMNS = ("role", "control", "seed", "replicate")
-
+from rlsparse.study import At, Study, left_out, reference_level
 
 # --- responses ---------------------------------------------------------------------------------
 
@@ -185,140 +178,23 @@ def common_score(run_a: pd.DataFrame, run_b: pd.DataFrame) -> float:
     return float(np.minimum(run_a["score"].max(), run_b["score"].max()))
 
 
-# --- selecting and matching --------------------------------------------------------------------
-
-
-class Pair(NamedTuple):
-    """Two runs that are alike but for what is compared.
-
-    ``within`` is the JSON of the factors that are held fixed: path -> level label.
-    """
-
-    a: str
-    b: str
-    seed: int
-    within: str
-
-
-def with_configs(trials: pa.Table) -> pd.DataFrame:
-    """Table ``trials`` in order of trial_id, with ``config`` and ``cell`` as dictionaries.
-
-    Raises:
-        TableError: the column ``config`` is missing.
-    """
-    if "config" not in trials.column_names:
-        raise TableError(
-            "table trials lacks the column config (JSON of each resolved configuration); "
-            "run the study again to rebuild its tables"
-        )
-    frame: pd.DataFrame = trials.to_pandas().sort_values("trial_id", ignore_index=True)
-    return frame.assign(
-        config=[json.loads(text) for text in frame["config"]],
-        cell=[json.loads(text) for text in frame["cell"]],
-    )
-
-
-def select(runs: pd.DataFrame, selector: Mapping[str, Scalar]) -> pd.DataFrame:
-    """Rows of ``with_configs`` that a claim's selector names, whatever their status.
-
-    Keys are dotted configuration paths (``algorithm`` is short for ``algorithm.name``) or role,
-    control, seed, replicate. Controls are left out unless role, control or replicate is a key.
-    """
-    asked = {"role", "control", "replicate"} & set(selector)
-    keep = [
-        (bool(asked) or row["role"] != "control")
-        and all(value_at(row, path) == (wanted,) for path, wanted in selector.items())
-        for row in runs[["config", *_COLUMNS]].to_dict("records")
-    ]
-    result: pd.DataFrame = runs[np.array(keep, bool)]
-    return result
-
-
-def value_at(row: Mapping[Any, Any], path: str) -> tuple[Any, ...]:
-    """The value at ``path`` as a tuple of one; empty if the run does not have it."""
-    if path in _COLUMNS:
-        return (None if pd.isna(row[path]) else row[path],)
-    node: Any = row["config"]
-    for part in canonical_path(path).split("."):
-        if not isinstance(node, dict) or part not in node:
-            return ()
-        node = node[part]
-    return (node,)
-
-
-def canonical_path(path: str) -> str:
-    """``algorithm`` as ``algorithm.name``; other paths as they are."""
-    return "algorithm.name" if path == "algorithm" else path
-
-
-def matched_pairs(
-    runs_a: pd.DataFrame, runs_b: pd.DataFrame, ignoring: Collection[str] = ()
-) -> list[Pair]:
-    """All pairs of finished runs that share the seed and every factor that both have.
-
-    Args:
-        runs_a: rows of ``with_configs``.
-        runs_b: rows of ``with_configs``.
-        ignoring: factors that need not agree; those inside or around them (``algorithm`` for
-            ``algorithm.name``) neither.
-    """
-    free = {canonical_path(path) for path in ignoring}
-    finished = [runs[runs["status"] == "finished"].to_dict("records") for runs in (runs_a, runs_b)]
-    pairs = []
-    for a, b in itertools.product(*finished):
-        if a["seed"] != b["seed"] or a["trial_id"] == b["trial_id"]:
-            continue
-        cell_a, cell_b = (
-            {k: v for k, v in run["cell"].items() if not _touches(k, free)} for run in (a, b)
-        )
-        if all(cell_a[path] == cell_b[path] for path in cell_a.keys() & cell_b.keys()):
-            within = canonical_json(cell_a | cell_b)
-            pairs.append(Pair(a["trial_id"], b["trial_id"], int(a["seed"]), within))
-    return pairs
-
-
-def _touches(path: str, free: Collection[str]) -> bool:
-    return any(path == f or path.startswith(f"{f}.") or f.startswith(f"{path}.") for f in free)
-
-
-def factor_pairs(runs: pd.DataFrame, factor: str, level: str, reference: str) -> list[Pair]:
-    """Matched pairs of runs at ``level`` (a) and ``reference`` (b) of ``factor``, by labels."""
-    at = np.array([cell.get(factor, "") for cell in runs["cell"]])
-    return matched_pairs(runs[at == level], runs[at == reference], [factor])
-
-
-def by_seed(pairs: Sequence[Pair], values: npt.ArrayLike) -> Floats:
-    """Mean of the pairs' values within each seed, in order of the seeds.
-
-    Only seeds that have every combination of the factors held fixed count: else a lost run would
-    pass for an effect of its cell.
-
-    Args:
-        pairs: P matched pairs.
-        values: [P]; nan where a value could not be had.
-    """
-    found: dict[tuple[int, str], list[float]] = {}
-    for pair, value in zip(pairs, np.asarray(values, np.float64), strict=True):
-        found.setdefault((pair.seed, pair.within), []).append(value)
-    seeds, withins = sorted({seed for seed, _ in found}), sorted({within for _, within in found})
-    means = [
-        np.mean([np.mean(found.get((seed, within), np.nan)) for within in withins])
-        for seed in seeds
-    ]
-    return np.array([mean for mean in means if not np.isnan(mean)], np.float64)
-
-
 # --- effects -----------------------------------------------------------------------------------
+
+_Contrast = tuple[str, str, dict[str, list[Pair]]]
+"""Level, reference, and the pairs by what holds for all of them (see ``selection.apart``)."""
 
 
 def effects(study: Study, trials: pa.Table, frame: pd.DataFrame) -> pa.Table:
     """What each level of each factor does against its reference, matched by seed.
 
     Rows are per response, factor, level and combination of the other factors (``within``), and
-    pooled over these (``within`` = ``{}``: differences averaged within a seed first). Intervals are
+    pooled over these (``within`` = ``{}``: differences averaged within a seed first). Fields of
+    algorithms and of tasks are not pooled over several of these, whose fields of one name are
+    different things: such rows are within ``{"algorithm.name": ...}``. Intervals are
     Student t over seeds at 95 %, p values exact sign flips, adjusted by Holm within a response and
     factor; a pooled row over a single combination is the same test and counts once. The control
-    lr_times_3 is the factor ``control.lr_times_3``.
+    lr_times_3 is the factor ``control.lr_times_3``. Surrogates are compared only where the reward
+    is the factor.
 
     Args:
         study: the study; gives factors and reference levels.
@@ -330,18 +206,19 @@ def effects(study: Study, trials: pa.Table, frame: pd.DataFrame) -> pa.Table:
         without any pair has a pooled row with num_runs 0.
     """
     runs = with_configs(trials)
-    plain = runs[runs["role"] != "control"]
-    families: dict[str, list[tuple[str, str, list[Pair]]]] = {}
+    families: dict[str, list[_Contrast]] = {}
     for factor, levels in study.factors.items():
         reference = reference_level(study, factor)
+        having = [factor in cell for cell in runs["cell"]]
+        plain = runs[np.array(having, bool) & ~runs["role"].isin(left_out((), factor))]
         families[factor] = [
-            (level, reference, factor_pairs(plain, factor, level, reference))
+            (level, reference, apart(plain, tags_of(factor), pairs))
             for level in dict.fromkeys(level_label(level) for level in levels)
             if level != reference
+            for pairs in [factor_pairs(plain, factor, level, reference)]
         ]
     if "lr_times_3" in study.controls:
-        pairs = control_pairs(runs)
-        families["control.lr_times_3"] = [("lr_times_3", "none", pairs)]
+        families["control.lr_times_3"] = [("lr_times_3", "none", {"{}": control_pairs(runs)})]
     last = frame[frame["last"]]
     rows: list[dict[str, object]] = []
     for response, of_response in last.groupby("response", sort=False):
@@ -355,30 +232,31 @@ def effects(study: Study, trials: pa.Table, frame: pd.DataFrame) -> pa.Table:
 
 def control_pairs(runs: pd.DataFrame) -> list[Pair]:
     """Matched pairs of the lr_times_3 controls (a) and the runs that they vary (b)."""
-    return matched_pairs(runs[runs["control"] == "lr_times_3"], runs[runs["role"] != "control"])
+    plain = runs[~runs["role"].isin(left_out(()))]
+    return matched_pairs(runs[runs["control"] == "lr_times_3"], plain)
 
 
-def _family(
-    contrasts: list[tuple[str, str, list[Pair]]], values: Mapping[str, float]
-) -> Iterator[dict[str, object]]:
+def _family(contrasts: list[_Contrast], values: Mapping[str, float]) -> Iterator[dict[str, object]]:
     """Rows of one response and factor."""
     rows: list[dict[str, object]] = []
-    for level, reference, pairs in contrasts:
-        groups = {within: [p for p in pairs if p.within == within] for _, _, _, within in pairs}
-        if len(groups) != 1:
-            groups["{}"] = pairs
-        for within, group in sorted(groups.items()):
-            nan = float("nan")
-            gaps = [values.get(p.a, nan) - values.get(p.b, nan) for p in group]
-            row: dict[str, object] = {"level": level, "reference": reference, "within": within}
-            rows.append(row | _contrast(by_seed(group, gaps)))
+    same: list[str | None] = []  # within of the pooled row that is the same test
+    for level, reference, groups in contrasts:
+        for pooled, pairs in groups.items():
+            parts = {w: [p for p in pairs if p.within == w] for w in {p.within for p in pairs}}
+            single = next(iter(parts)) if len(parts) == 1 else pooled
+            parts |= {pooled: pairs} if single == pooled else {}
+            for within, part in sorted(parts.items()):
+                nan = float("nan")
+                gaps = [values.get(p.a, nan) - values.get(p.b, nan) for p in part]
+                row: dict[str, object] = {"level": level, "reference": reference, "within": within}
+                rows.append(row | _contrast(by_seed(part, gaps)))
+                same.append(pooled if single != pooled else None)
     adjusted = holm([row["p_value"] for row in rows])  # type: ignore[arg-type]
-    for row, p in zip(rows, adjusted, strict=True):
+    for row, p, pooled_within in zip(rows, adjusted, same, strict=True):
         row["p_adjusted"] = p
         yield row
-        alone = [other["within"] for other in rows if other["level"] == row["level"]]
-        if alone == [row["within"]] and row["within"] != "{}":
-            yield row | {"within": "{}"}
+        if pooled_within is not None:
+            yield row | {"within": pooled_within}
 
 
 def _contrast(differences: Floats) -> dict[str, object]:

@@ -4,8 +4,9 @@ A new kind of claim gets its branch in ``evidence`` here, and its region in ``cl
 """
 
 import itertools
+import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,10 +14,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from rlsparse import effects
-from rlsparse.config import canonical_json
+from rlsparse import effects, selection
 from rlsparse.definitions import DEFINITIONS
-from rlsparse.effects import Pair
+from rlsparse.identity import canonical_json
+from rlsparse.levels import Scalar, level_label, tags_of
+from rlsparse.selection import Pair
 from rlsparse.statistics import Floats, jackknife, odds_unchanged, t_interval
 from rlsparse.study import (
     MIN_SEEDS,
@@ -26,10 +28,8 @@ from rlsparse.study import (
     EquivalentClaim,
     ExactClaim,
     GreaterClaim,
-    Scalar,
     Study,
     WithinClaim,
-    level_label,
     reference_level,
 )
 
@@ -100,10 +100,13 @@ class Observations:
         kind, _, definition = name.partition(".")
         return Response(kind, definition or None, view or self.study.default_view)
 
+    def sides(self, claim: Claim) -> list[pd.DataFrame]:
+        """Runs of any status, one selection for each of ``selectors``."""
+        return [selection.select(self.runs, one, claim.varied) for one in selectors(claim)]
+
     def selected(self, claim: Claim) -> pd.DataFrame:
         """All runs that a claim is about, of any status."""
-        sides = [effects.select(self.runs, selector) for selector in selectors(claim)]
-        result: pd.DataFrame = pd.concat(sides).drop_duplicates("trial_id")
+        result: pd.DataFrame = pd.concat(self.sides(claim)).drop_duplicates("trial_id")
         return result
 
 
@@ -123,7 +126,7 @@ def observe(
     keys = zip(*(pairs[name] for name in names), strict=True)
     return Observations(
         study,
-        effects.with_configs(trials),
+        selection.with_configs(trials),
         {"": frame.iloc[:0], **{str(name): rows for name, rows in frame.groupby("trial_id")}},
         dict(zip(keys, (row for _, row in pairs.iterrows()), strict=True)),
         identical,
@@ -179,27 +182,50 @@ def evidence(seen: Observations, claim: Claim, response: Response) -> Evidence:
         Contrasts on the scale of the claim's test: log odds of fractions, log ratios of densities,
         log(observed / expected) overlap.
     """
-    for selector in selectors(claim):
-        if effects.select(seen.runs, selector).empty:
+    sides = seen.sides(claim)
+    for selector, runs in zip(selectors(claim), sides, strict=True):
+        if runs.empty:
             return Evidence([], f"no run matches {canonical_json(selector)}")
     if isinstance(claim, EquivalentClaim):
-        return _equivalent(seen, claim, response)
+        return _equivalent(seen, claim, response, sides[0])
     if isinstance(claim, AboveNullClaim):
-        return _above_null(seen, claim, response)
+        return _above_null(seen, claim, response, sides[0])
+    scale = odds_unchanged if response.kind == "sparsity" else float
     if isinstance(claim, GreaterClaim):
-        a, b = (effects.select(seen.runs, selector) for selector in selectors(claim))
-        pairs = effects.matched_pairs(a, b, [*claim.a, *claim.b])
-    else:
-        runs = effects.select(seen.runs, claim.where)
-        runs = runs[runs["status"] == "finished"]
-        columns = zip(runs["trial_id"], runs["seed"], runs["cell"], strict=True)
-        pairs = [Pair(t, t, int(seed), canonical_json(cell)) for t, seed, cell in columns]
-    read = [_read_pair(seen, claim.at, response, pair) for pair in pairs]
-    if response.kind == "sparsity":
-        read = [(odds_unchanged(a), odds_unchanged(b), why) for a, b, why in read]
-    single = isinstance(claim, WithinClaim)
-    values = effects.by_seed(pairs, [a if single else a - b for a, b, _ in read])
+        tags = tags_of(*claim.a, *claim.b) if set(claim.a) == set(claim.b) else []
+        pairs = selection.matched_pairs(sides[0], sides[1], [*claim.a, *claim.b], tags)
+        groups = selection.apart(pd.concat(sides), tags, pairs)
+        return _joined(
+            {
+                name: _contrast(seen, claim.at, response, group, lambda a, b: scale(a) - scale(b))
+                for name, group in groups.items()
+            }
+        )
+    runs = sides[0][sides[0]["status"] == "finished"]
+    columns = zip(runs["trial_id"], runs["seed"], runs["cell"], strict=True)
+    pairs = [Pair(t, t, int(seed), canonical_json(cell)) for t, seed, cell in columns]
+    return _contrast(seen, claim.at, response, pairs, lambda a, _: scale(a))
+
+
+def _contrast(
+    seen: Observations,
+    at: At | None,
+    response: Response,
+    pairs: Sequence[Pair],
+    value: Callable[[float, float], float] = operator.sub,
+) -> Evidence:
+    """One contrast: by seed, ``value`` of what ``_read`` gives for the two runs of a pair."""
+    read = [_read_pair(seen, at, response, pair) for pair in pairs]
+    values = selection.by_seed(pairs, [value(a, b) for a, b, _ in read])
     return Evidence([values], *_completeness(values, [why for _, _, why in read]))
+
+
+def _joined(parts: Mapping[str, Evidence]) -> Evidence:
+    """Contrasts that must all hold; what is said of each bears its name, but for ``{}``."""
+    reasons = [f"{n}: {p.reason}".removeprefix("{}: ") for n, p in parts.items() if p.reason]
+    remarks = [f"{n}: {p.remark}".removeprefix("{}: ") for n, p in parts.items() if p.remark]
+    contrasts = [values for part in parts.values() for values in part.contrasts]
+    return Evidence(contrasts, "; ".join(reasons), "; ".join(remarks))
 
 
 def _completeness(values: Floats, whys: Sequence[str]) -> tuple[str, str]:
@@ -242,39 +268,35 @@ def _read_pair(
     return (nan, nan, why_a or why_b) if a is None or b is None else (a, b, "")
 
 
-def _log_ratios(
-    seen: Observations, at: At | None, response: Response, pairs: Sequence[Pair]
-) -> tuple[Floats, str, str]:
-    """Log density ratios a / b by seed, with reason and remark."""
-    read = [_read_pair(seen, at, response, pair) for pair in pairs]
-    values = effects.by_seed(pairs, [a - b for a, b, _ in read])
-    return values, *_completeness(values, [why for _, _, why in read])
-
-
 # --- equivalent --------------------------------------------------------------------------------
 
 
-def _equivalent(seen: Observations, claim: EquivalentClaim, response: Response) -> Evidence:
-    """One contrast per level of the factor against its reference."""
-    runs, factor = effects.select(seen.runs, claim.where), claim.factor
+def _equivalent(
+    seen: Observations, claim: EquivalentClaim, response: Response, runs: pd.DataFrame
+) -> Evidence:
+    """One contrast per level of the factor against its reference, in each algorithm that has it."""
+    factor = claim.factor
     if factor not in seen.study.factors:
         known = ", ".join(seen.study.factors) or "none"
         return Evidence([], f"the study does not vary {factor}; its factors: {known}")
+    runs = runs[np.array([factor in cell for cell in runs["cell"]], bool)]
     reference = reference_level(seen.study, factor)
-    present = {cell.get(factor) for cell in runs["cell"]}
+    present = {cell[factor] for cell in runs["cell"]}
     labels = dict.fromkeys(level_label(level) for level in seen.study.factors[factor])
     levels = [label for label in labels if label in present and label != reference]
     if not levels or reference not in present:
         return Evidence([], f"the selected runs do not vary {factor} from {reference}")
-    pairs = {level: effects.factor_pairs(runs, factor, level, reference) for level in levels}
-    contrasts, reasons, remarks = [], [], []
+    tags, groups = tags_of(factor), dict[str, dict[str, list[Pair]]]()
     for level in levels:
-        values, reason, remark = _log_ratios(seen, claim.at, response, pairs[level])
-        contrasts.append(values)
-        reasons += [f"{factor} = {level}: {reason}"] if reason else []
-        remarks += [f"{factor} = {level}: {remark}"] if remark else []
-    reasons += filter(None, [_inert(seen, factor, pairs), _insensitive(seen, claim, response)])
-    return Evidence(contrasts, "; ".join(reasons), "; ".join(remarks))
+        pairs = selection.factor_pairs(runs, factor, level, reference)
+        for name, group in selection.apart(runs, tags, pairs).items():
+            where = "" if name == "{}" else f" within {name}"
+            groups.setdefault(name, {})[f"{factor} = {level}{where}"] = group
+    each = {label: group for group_of in groups.values() for label, group in group_of.items()}
+    found = _joined({k: _contrast(seen, claim.at, response, pairs) for k, pairs in each.items()})
+    inert = {_inert(seen, factor, group_of) for group_of in groups.values()}
+    reasons = [found.reason, *sorted(inert), _insensitive(seen, claim, response)]
+    return found._replace(reason="; ".join(filter(None, reasons)))
 
 
 def _inert(seen: Observations, factor: str, pairs: Mapping[str, Sequence[Pair]]) -> str:
@@ -286,7 +308,7 @@ def _inert(seen: Observations, factor: str, pairs: Mapping[str, Sequence[Pair]])
     if factor == "algorithm.kl_coef":
         for group in pairs.values():
             kl = [seen.column(p.a, "kl_final") - seen.column(p.b, "kl_final") for p in group]
-            signs = set(np.sign(effects.by_seed(group, kl)))
+            signs = set(np.sign(selection.by_seed(group, kl)))
             if signs in ({1.0}, {-1.0}):
                 return ""
         return "the factor did not act: no level moves the realised KL one way at every seed"
@@ -298,10 +320,10 @@ def _insensitive(seen: Observations, claim: EquivalentClaim, response: Response)
     pairs = effects.control_pairs(seen.runs)
     if not pairs:
         return "no sign of sensitivity: no finished lr_times_3 control; add it to controls"
-    values, reason, _ = _log_ratios(seen, claim.at, response, pairs)
-    if reason:
-        return f"no sign of sensitivity: lr_times_3: {reason}"
-    mean, low, high = t_interval(values, SENSITIVITY_LEVEL)
+    found = _contrast(seen, claim.at, response, pairs)
+    if found.reason:
+        return f"no sign of sensitivity: lr_times_3: {found.reason}"
+    mean, low, high = t_interval(found.contrasts[0], SENSITIVITY_LEVEL)
     edge = np.log(claim.margin)
     if low > edge or high < -edge:
         return ""
@@ -315,18 +337,21 @@ def _insensitive(seen: Observations, claim: EquivalentClaim, response: Response)
 # --- above_null --------------------------------------------------------------------------------
 
 
-def _above_null(seen: Observations, claim: AboveNullClaim, response: Response) -> Evidence:
+def _above_null(
+    seen: Observations, claim: AboveNullClaim, response: Response, runs: pd.DataFrame
+) -> Evidence:
     """Log excess over the null, as jackknife pseudo-values of the mean over pairs.
 
     Pairs are dependent, as each run is in many; leaving out one seed with all its pairs at a time
     gives the standard error. With one cell that is leaving out one run. Counts get a continuity of
     .5, so that masks without common weights stay finite.
     """
-    runs = effects.select(seen.runs, claim.where)
     runs = runs[runs["status"] == "finished"]
     pairs = _run_pairs(runs, claim.between)
     if not pairs:
         return Evidence([], f"no two finished runs differ in {claim.between} alone")
+    if claim.between.startswith("model"):
+        return Evidence([], "masks of different bases have no weights in common to overlap in")
     rows = []
     for ends in pairs:
         keys = sorted(
@@ -369,7 +394,7 @@ def _run_pairs(runs: pd.DataFrame, between: str) -> list[tuple[Any, Any]]:
         ]
     return [
         (rows[pair.a], rows[pair.b])
-        for pair in effects.matched_pairs(runs, runs, [between])
+        for pair in selection.matched_pairs(runs, runs, [between], tags_of(between))
         if pair.a < pair.b
-        and effects.value_at(rows[pair.a], between) != effects.value_at(rows[pair.b], between)
+        and selection.value_at(rows[pair.a], between) != selection.value_at(rows[pair.b], between)
     ]

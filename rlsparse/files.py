@@ -135,7 +135,7 @@ def locate(place: str | Path) -> File | Folder:
     """What a user means by a path, an fsspec URL, or a hub id ``org/name`` with ``@revision``.
 
     A hub id is one only where no local path has that name. A URL means a file if it ends like
-    weights (``.safetensors``, ``.bin``, ``.pt``, ``.pth``), else a folder.
+    weights (.safetensors, .bin, .pt, .pth) or data (.jsonl, .csv, .parquet), else a folder.
 
     Raises:
         CheckpointError: nothing there, or it cannot be read.
@@ -145,7 +145,7 @@ def locate(place: str | Path) -> File | Folder:
         text = text.removeprefix("file://").removeprefix("localhost")
     elif _URL.match(text):
         name = _url_name(text)
-        is_file = name.endswith((".safetensors", *PICKLED_SUFFIXES))
+        is_file = name.endswith((".safetensors", *PICKLED_SUFFIXES, ".jsonl", ".csv", ".parquet"))
         return _remote_file(text) if is_file else UrlFolder(text)
     path = Path(text)
     try:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from rlsparse.config import ChainSumConfig, Config
 from rlsparse.models.tokenizer import make_tokenizer
+from rlsparse.task_config import ChainSumConfig
 from rlsparse.tasks import Problem, load_task
 from rlsparse.tasks.generate import Score, evaluate
+from rlsparse.variants import Config
 
 
 class PretrainConfig(Config):

@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback
 
 from rlsparse import masks
-from rlsparse.config import TrialConfig
+from rlsparse.config import OnlineConfig, TrialConfig
 from rlsparse.errors import TrialError
 from rlsparse.models.loading import TORCH_DTYPES
 from rlsparse.patch import PATCH_FILE, TensorPair, write_patch
@@ -111,10 +111,12 @@ class Probe(TrainerCallback):  # type: ignore[misc]
         if not math.isfinite(logs["loss"]):
             raise TrialError(f"loss is {logs['loss']} at step {step}; {_TOO_FAST}")
         row = {column: logs[key] for key, column in _LOGGED.items() if key in logs}
+        if not isinstance(self.config.algorithm, OnlineConfig):
+            row.pop("kl", None)  # KTO logs another quantity under this name
         limit = self.config.train.max_grad_norm
         norm = row.get("grad_norm")
         row["clipped_fraction"] = float(limit is not None and norm is not None and norm > limit)
-        if self.config.algorithm.name == "sft":
+        if self.config.algorithm.name in ("sft", "rft"):
             row["data_nll"] = row["loss"]
         if step in self.scores:
             row["score"] = self.scores[step].fraction

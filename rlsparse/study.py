@@ -4,34 +4,49 @@
 study from YAML.
 """
 
-import functools
 import itertools
-import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from rlsparse.config import (
-    AlgorithmConfig,
-    Config,
-    ModelConfig,
-    TrialConfig,
-    canonical_json,
-    models_of,
-    tag_of,
-    trial_id,
+from rlsparse.config import AlgorithmConfig, ModelConfig, TrialConfig
+from rlsparse.errors import ConfigError
+from rlsparse.identity import canonical_json, trial_id
+from rlsparse.levels import (
+    TAGS,
+    Level,
+    Scalar,
+    at_level,
+    canonical_path,
+    has,
+    level_label,
+    order_of,
+    put,
+    touches,
 )
-from rlsparse.errors import ConfigError, nearest
+from rlsparse.variants import Config, Location, explain, models_of, place_of, tag_of
 
-Scalar = bool | int | float | str | None
-Level = Scalar | dict[str, Any]
-Control = Literal["lr_zero", "same_seed", "lr_times_3"]
+Control = Literal["lr_zero", "same_seed", "lr_times_3", "shuffled_reward", "random_reward"]
+Role = Literal["baseline", "factor", "control", "surrogate"]
 View = Literal["stored", "fp32", "bf16", "fp16", "fp8_e4m3"]
 
-MIN_SEEDS = 4
-"""Fewer seeds than this leave every verdict but ``exact`` undecided."""
+# Controls that train on a reward without information.
+SURROGATES = {"shuffled_reward": "shuffled", "random_reward": "random"}
+
+MIN_SEEDS = 4  # fewer leave every verdict but ``exact`` undecided
+
+
+class StudyError(ConfigError):
+    """A study is wrong; ``location`` holds the keys that lead there in its file."""
+
+    location: Location = ()
+
+    def at(self, *location: str | int) -> "StudyError":
+        """This error with its place."""
+        self.location = location
+        return self
 
 
 class At(Config):
@@ -57,8 +72,9 @@ class ClaimBase(Config):
 
     ``response`` is ``sparsity.<definition>[@<view>]``, ``score_after``, ``score_gain``,
     ``overlap.<definition>[@<view>]`` or ``identical_replicates``. ``where``, ``a`` and ``b`` select
-    runs by dotted configuration path (``algorithm`` is short for ``algorithm.name``) or by
-    ``role``, ``control``, ``seed``, ``replicate``; controls are left out unless asked for.
+    runs by dotted configuration path (``algorithm`` and ``task`` are short for ``algorithm.name``
+    and ``task.name``) or by ``role``, ``control``, ``seed``, ``replicate``; controls and surrogates
+    are left out unless asked for, see ``left_out``.
     """
 
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
@@ -67,6 +83,11 @@ class ClaimBase(Config):
     where: dict[str, Scalar] = Field(default_factory=dict)
     at: At | None = None
     note: str = ""
+
+    @property
+    def varied(self) -> str:
+        """Path in which the runs that the claim compares differ, beside its selectors, or ""."""
+        return ""
 
 
 class ExactClaim(ClaimBase):
@@ -107,6 +128,11 @@ class EquivalentClaim(ClaimBase):
     factor: str
     margin: float = Field(1.25, gt=1)
 
+    @property
+    def varied(self) -> str:
+        """The factor."""
+        return self.factor
+
 
 class AboveNullClaim(ClaimBase):
     """Masks of runs that differ in ``between`` overlap more than ``null`` expects."""
@@ -116,6 +142,11 @@ class AboveNullClaim(ClaimBase):
     between: str = "seed"
     null: Literal["uniform", "tensor", "magnitude"] = "magnitude"
     margin: float = Field(1.1, ge=1)
+
+    @property
+    def varied(self) -> str:
+        """What the runs of a pair differ in."""
+        return canonical_path(self.between)
 
 
 Claim = Annotated[
@@ -178,110 +209,151 @@ class Trial:
 
     Attributes:
         cell: factor path -> level label; a factor that the trial does not have is absent.
-        role: baseline, factor or control.
+        role: a trial is a surrogate if its reward, unlike the baseline's, carries no information.
         control: name of the control, or None.
+        data_version: of its task, reward and data.
     """
 
     trial_id: str
     config: TrialConfig
     replicate: int
     cell: dict[str, str]
-    role: str
+    role: Role
     control: Control | None
+    data_version: str = ""
 
     @property
     def label(self) -> str:
         """Short text for people: algorithm, seed and what is special about the trial."""
         special = [
-            f"{k.split('.', 1)[-1]}={v}" for k, v in self.cell.items() if k != "algorithm.name"
+            f"{path.removesuffix('.name').split('.', 1)[-1]}={label}"
+            for path, label in self.cell.items()
+            if canonical_path(path) != "algorithm.name"
         ]
-        if self.control:
-            special.append(self.control)
-        return " ".join([self.config.algorithm.name, f"s{self.config.seed}", *special])
+        name = self.cell.get("algorithm", self.config.algorithm.name)
+        return " ".join([name, f"s{self.config.seed}", *special, *filter(None, [self.control])])
+
+
+def left_out(asked: Collection[str], varied: str = "") -> set[Role]:
+    """Roles of the runs that a claim is not about.
+
+    Controls and surrogates enter only by role, control or replicate, surrogates by reward, too.
+
+    Args:
+        asked: paths of the claim's selector.
+        varied: the factor that is compared, if any.
+    """
+    if {"role", "control", "replicate"} & set(asked):
+        return set()
+    by_reward = "algorithm.reward" in asked or varied in ("algorithm", "algorithm.reward")
+    return {"control"} if by_reward else {"control", "surrogate"}
 
 
 # --- expanding -------------------------------------------------------------------------------
 
+_Cell = tuple[dict[str, Any], dict[str, str]]
+"""Configuration without seed, and level labels by factor."""
+
 
 def expand(
-    study: Study, *, fingerprint: Callable[[ModelConfig], str], task_version: str
+    study: Study,
+    *,
+    fingerprint: Callable[[ModelConfig], str],
+    data_version: Callable[[TrialConfig], str],
 ) -> list[Trial]:
     """All trials of a study, each once, in a fixed order (seeds innermost, controls last).
 
-    Factors that a cell's algorithm does not have are dropped from it, and cells that become equal
-    are one (nested factors). ``lr_zero`` and ``same_seed`` add one trial per algorithm at the
-    first seed, ``lr_times_3`` the first cell of the baseline's algorithm at every seed.
+    Factors that a cell's algorithm or task does not have are dropped from it, and cells that become
+    equal are one (nested factors). ``lr_zero`` and ``same_seed`` add one trial per algorithm at the
+    first seed. The others are run at every seed: ``lr_times_3`` in the first cell of the baseline's
+    algorithm, the rewards too, or in that of the first algorithm that rewards what it samples.
 
     Args:
         study: a checked study.
         fingerprint: content hash of a base model.
-        task_version: version of the task's data and grader.
+        data_version: version of a trial's task, reward and data.
+
+    Raises:
+        StudyError: a cell is no valid trial, or no algorithm has the reward that a control changes.
     """
     cells = _cells(study)
     baseline = study.baseline.model_dump(mode="json", exclude={"seed"})
+    own_reward = baseline["algorithm"].get("reward")
     trials: dict[str, Trial] = {}
 
-    def add(
-        config: dict[str, Any],
-        cell: dict[str, str],
-        seed: int,
-        replicate: int,
-        control: Control | None,
-    ) -> None:
+    def add(cell: _Cell, seed: int, control: Control | None = None) -> None:
+        config, labels = cell
         resolved = TrialConfig.model_validate({**config, "seed": seed})
+        replicate = int(control == "same_seed")
+        version = data_version(resolved)
         name = trial_id(
             resolved,
             replicate=replicate,
             num_threads=study.resources.num_threads,
             num_workers=study.resources.num_workers,
             base_fingerprint=fingerprint(resolved.model),
-            task_version=task_version,
+            data_version=version,
         )
-        role = "control" if control else "baseline" if config == baseline else "factor"
-        trials.setdefault(name, Trial(name, resolved, replicate, cell, role, control))
+        reward = config["algorithm"].get("reward")
+        is_surrogate = reward in SURROGATES.values() and reward != own_reward
+        role: Role = "baseline" if config == baseline else "factor"
+        if control in SURROGATES or (control is None and is_surrogate):
+            role = "surrogate"
+        elif control:
+            role = "control"
+        trials.setdefault(name, Trial(name, resolved, replicate, labels, role, control, version))
 
-    for config, cell in cells:
+    for cell in cells:
         for seed in study.seeds:
-            add(config, cell, seed, 0, None)
-    by_algorithm: dict[str, tuple[dict[str, Any], dict[str, str]]] = {}
-    for config, cell in cells:
-        by_algorithm.setdefault(config["algorithm"]["name"], (config, cell))
-    first_seed = study.seeds[0]
-    for control in study.controls:
-        if control == "lr_times_3":
-            name = study.baseline.algorithm.name
-            config, cell = by_algorithm.get(name, cells[0])
-            rate = float(
-                f"{3 * config['train']['learning_rate']:.12g}"
-            )  # 3e-5, not 3.0000000000000004e-05
-            for seed in study.seeds:
-                add(_with(config, "train.learning_rate", rate), cell, seed, 0, control)
-            continue
-        for config, cell in by_algorithm.values():
-            if control == "lr_zero":
-                add(_with(config, "train.learning_rate", 0.0), cell, first_seed, 0, control)
-            else:
-                add(config, cell, first_seed, 1, control)
+            add(cell, seed)
+    for index, control in enumerate(study.controls):
+        for cell in _control_cells(study, control, index, cells):
+            once = control in ("lr_zero", "same_seed")
+            for seed in study.seeds[:1] if once else study.seeds:
+                add(cell, seed, control)
     return list(trials.values())
 
 
+def _control_cells(study: Study, control: Control, index: int, cells: list[_Cell]) -> list[_Cell]:
+    """The cells of a control, the ``index``-th of the study."""
+    first: dict[str, _Cell] = {}
+    for cell in cells:
+        first.setdefault(cell[0]["algorithm"]["name"], cell)
+    own = study.baseline.algorithm.name
+    if control == "same_seed":
+        return list(first.values())
+    if control == "lr_zero":
+        return [
+            (put(config, "train.learning_rate", 0.0), labels) for config, labels in first.values()
+        ]
+    if control == "lr_times_3":
+        config, labels = first.get(own, cells[0])
+        rate = float(f"{3 * config['train']['learning_rate']:.12g}")  # 3e-5, not 3.0000000000000004
+        return [(put(config, "train.learning_rate", rate), labels)]
+    samples = {name: {"data": "sampled", **first[name][0]["algorithm"]} for name in first}
+    rewarded = [n for n, a in samples.items() if "reward" in a and a["data"] == "sampled"]
+    if not rewarded:
+        members = [m for m in models_of(AlgorithmConfig) if "reward" in m.model_fields]
+        known = sorted(str(tag_of(member)) for member in members)
+        raise StudyError(
+            f"controls: {control} needs an algorithm with a reward, this study has "
+            f"{', '.join(first)}; with a reward for what they sample: {', '.join(known)}"
+        ).at("controls", index)
+    config, labels = first[own if own in rewarded else rewarded[0]]
+    if "algorithm.reward" in labels:
+        labels = {**labels, "algorithm.reward": SURROGATES[control]}
+    return [(put(config, "algorithm.reward", SURROGATES[control]), labels)]
+
+
 def collapsed_factors(study: Study) -> dict[str, list[str]]:
-    """Nested factors: path -> algorithms that do not have it."""
+    """Nested factors: path -> algorithms (for ``task`` factors, tasks) that do not have it."""
     missing: dict[str, set[str]] = {}
     for config, cell in _cells(study):
         for path in study.factors:
             if path not in cell:
-                missing.setdefault(path, set()).add(config["algorithm"]["name"])
+                head = TAGS.get(f"{path.partition('.')[0]}.name", "algorithm")
+                missing.setdefault(path, set()).add(config[head]["name"])
     return {path: sorted(names) for path, names in missing.items()}
-
-
-def level_label(level: Any) -> str:
-    """Text of a factor level: scalars as in YAML, mappings as ``name(key=value, ...)``."""
-    if isinstance(level, Mapping):
-        inner = ", ".join(f"{k}={level_label(v)}" for k, v in level.items() if k != "name")
-        name = str(level.get("name", ""))
-        return f"{name}({inner})" if inner else name
-    return level if isinstance(level, str) else canonical_json(level)
 
 
 def reference_level(study: Study, path: str) -> str:
@@ -291,96 +363,38 @@ def reference_level(study: Study, path: str) -> str:
     """
     levels = study.factors[path]
     own = study.baseline.model_dump(mode="json", exclude={"seed"})
-    is_own = (level for level in levels if _has(own, path) and _at_level(own, path, level) == own)
+    is_own = (level for level in levels if has(own, path) and at_level(own, path, level) == own)
     return level_label(next(is_own, levels[0]))
 
 
-def _cells(study: Study) -> list[tuple[dict[str, Any], dict[str, str]]]:
-    """Distinct cells as (configuration without seed, labels)."""
-    paths = sorted(study.factors, key=lambda p: (p.count("."), p != "algorithm.name"))
-    cells: dict[str, tuple[dict[str, Any], dict[str, str]]] = {}
+def _cells(study: Study) -> list[_Cell]:
+    """Distinct cells."""
+    paths = sorted(study.factors, key=order_of)
+    cells: dict[str, _Cell] = {}
     for levels in itertools.product(*(study.factors[path] for path in paths)):
         config = study.baseline.model_dump(mode="json", exclude={"seed"})
         cell: dict[str, str] = {}
         for path, level in zip(paths, levels, strict=True):
-            if _has(config, path):
-                config = _at_level(config, path, level)
+            if has(config, path):
+                config = at_level(config, path, level)
                 cell[path] = level_label(level)
-        resolved = _resolve(config, cell)
+        resolved = _resolve(study, config, cell)
         cells.setdefault(canonical_json(resolved), (resolved, cell))
     return list(cells.values())
 
 
-def _resolve(config: dict[str, Any], cell: dict[str, str]) -> dict[str, Any]:
+def _resolve(study: Study, config: dict[str, Any], cell: dict[str, str]) -> dict[str, Any]:
     try:
         return TrialConfig.model_validate(config).model_dump(mode="json", exclude={"seed"})
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "cell"
-        raise ConfigError(
-            f"factors: cell {cell} is not a valid trial: {where}: "
-            f"{first['msg'].removeprefix('Value error, ')}"
-        ) from error
-
-
-def _has(config: dict[str, Any], path: str) -> bool:
-    """Whether ``config``, which has its defaults filled, has a field at ``path``."""
-    node: Any = config
-    for part in path.split("."):
-        if not isinstance(node, dict) or part not in node:
-            return False
-        node = node[part]
-    return True
-
-
-def _at_level(config: dict[str, Any], path: str, level: Level) -> dict[str, Any]:
-    """``config`` with the field at ``path`` at ``level``.
-
-    A mapping changes only the fields that it lists, but another algorithm has its own defaults.
-    """
-    if path == "algorithm.name":
-        path, level = "algorithm", {"name": level}
-    if isinstance(level, dict):
-        own = functools.reduce(operator.getitem, path.split("."), config)
-        if path == "algorithm" and level.get("name", own["name"]) != own["name"]:
-            own = _algorithm_defaults(level["name"])
-        level = {**own, **level} if isinstance(own, dict) else level
-    return _with(config, path, level)
-
-
-def _algorithm_defaults(name: Any) -> dict[str, Any]:
-    models = (model for model in models_of(AlgorithmConfig) if tag_of(model) == name)
-    return {key: field.default for model in models for key, field in model.model_fields.items()}
-
-
-def _with(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    head, _, rest = path.partition(".")
-    return {**config, head: _with(config[head], rest, value) if rest else value}
-
-
-def check_factors(study: Study) -> None:
-    """Every factor must exist in at least one cell; every claim's factor must be varied."""
-    for path in study.factors:
-        if path == "seed":
-            raise ConfigError("factors: seed is not a factor; list the seeds under `seeds`")
-    if "seed" in study.baseline.model_fields_set:
-        raise ConfigError("baseline: seed has no place here; list the seeds under `seeds`")
-    cells = _cells(study)
-    known = sorted({path for config, _ in cells for path in paths_of(config)})
-    for path in study.factors:
-        if not any(path in cell for _, cell in cells):
-            raise ConfigError(f"factors: unknown factor {path}; {nearest(path, known)}")
-    for claim in study.claims:
-        if isinstance(claim, EquivalentClaim) and claim.factor not in study.factors:
-            raise ConfigError(
-                f"claims: {claim.id} names the factor {claim.factor}, which this study does not "
-                f"vary; its factors: {', '.join(study.factors) or 'none'}"
-            )
-
-
-def paths_of(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted paths of all keys of nested mappings."""
-    for key, value in config.items():
-        yield prefix + key
-        if isinstance(value, dict):
-            yield from paths_of(value, f"{prefix}{key}.")
+        where = ".".join(map(str, place_of(TrialConfig, config, first)))
+        location: list[str | int] = ["factors"]
+        for path in reversed(cell):  # the last that applied has the last word
+            if not where or touches(TAGS.get(path, path), where):
+                labels = [level_label(level) for level in study.factors[path]]
+                location += [path, labels.index(cell[path])]
+                break
+        raise StudyError(
+            f"factors: cell {cell} is not a valid trial: {explain(TrialConfig, config, first)}"
+        ).at(*location) from error

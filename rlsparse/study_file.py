@@ -5,22 +5,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from rlsparse.config import TrialConfig, models_of, tag_of
+from rlsparse.config import TrialConfig
 from rlsparse.definitions import DEFINITIONS, VIEWS
 from rlsparse.errors import ConfigError, nearest
+from rlsparse.levels import Scalar, canonical_path, paths_of
 from rlsparse.study import (
+    EquivalentClaim,
     GreaterClaim,
-    Scalar,
     Study,
+    StudyError,
     Trial,
-    check_factors,
     expand,
-    paths_of,
+    left_out,
 )
+from rlsparse.variants import Location, distinct, explain, place_of
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
@@ -50,57 +52,104 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     raw.setdefault("name", path.stem)
     try:
         study = Study.model_validate(raw)
-        check_factors(study)
-        _check_claims(study)
+        trials = expand(study, fingerprint=lambda base: base.source, data_version=lambda config: "")
+        _check_factors(study, trials)
+        _check_claims(study, trials)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, document, path) for e in error.errors())) from error
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        lines = [
+            f"{path}:{_line(document, place_of(Study, raw, one))}: {explain(Study, raw, one)}"
+            for one in distinct(error.errors())
+        ]
+        raise ConfigError("\n".join(lines)) from error
+    except StudyError as error:
+        raise ConfigError(f"{path}:{_line(document, error.location)}: {error}") from error
     return study
+
+
+def _check_factors(study: Study, trials: Sequence[Trial]) -> None:
+    """Every factor must exist in at least one trial; every claim's factor must be varied.
+
+    Raises:
+        StudyError: it does not, or is not.
+    """
+    lists = "list the seeds under `seeds`"
+    if "seed" in study.baseline.model_fields_set:
+        raise StudyError(f"baseline: seed has no place here; {lists}").at("baseline", "seed")
+    if "seed" in study.factors:
+        raise StudyError(f"factors: seed is not a factor; {lists}").at("factors", "seed")
+    known = _paths(trials)
+    for path in study.factors:
+        if not any(path in trial.cell for trial in trials):
+            raise StudyError(f"factors: unknown factor {path}; {nearest(path, known)}").at(
+                "factors", path
+            )
+    for index, claim in enumerate(study.claims):
+        if isinstance(claim, EquivalentClaim) and claim.factor not in study.factors:
+            raise StudyError(
+                f"claims: {claim.id} names the factor {claim.factor}, which this study does not "
+                f"vary; its factors: {', '.join(study.factors) or 'none'}"
+            ).at("claims", index, "factor")
+
+
+def _paths(trials: Sequence[Trial]) -> list[str]:
+    return sorted({p for t in trials for p in paths_of(t.config.model_dump(mode="json"))})
 
 
 _RESPONSES = ("score_after", "score_gain", "identical_replicates")
 
 
-def _check_claims(study: Study) -> None:
+def _check_claims(study: Study, trials: Sequence[Trial]) -> None:
     """Find now what would leave a claim undecided after all training.
 
     Raises:
-        ConfigError: a response that does not exist, or a selector that matches no planned trial.
+        StudyError: a response that does not exist, or a selector that matches no planned trial.
     """
-    trials = expand(study, fingerprint=lambda model: model.source, task_version="")
     known = [
         *_RESPONSES,
         *(f"sparsity.{name}" for name in DEFINITIONS),
         "overlap.bitwise",
     ]
-    for claim in study.claims:
+    for index, claim in enumerate(study.claims):
         name, at, view = claim.response.partition("@")
+        here = ("claims", index, "response")
         if name not in known:
-            raise ConfigError(
+            raise StudyError(
                 f"claims: {claim.id}: unknown response {name}; {nearest(name, known)}"
-            )
+            ).at(*here)
         if at and view not in VIEWS:
-            raise ConfigError(f"claims: {claim.id}: unknown view {view}; {nearest(view, VIEWS)}")
-        sides = [claim.a, claim.b] if isinstance(claim, GreaterClaim) else [{}]
-        for selector in ({**claim.where, **side} for side in sides):
+            raise StudyError(f"claims: {claim.id}: unknown view {view}; {nearest(view, VIEWS)}").at(
+                *here
+            )
+        sides = {"a": claim.a, "b": claim.b} if isinstance(claim, GreaterClaim) else {"where": {}}
+        for key, side in sides.items():
+            selector = {**claim.where, **side}
             for path, value in selector.items():
-                _check_selector(claim.id, path, value, trials)
-            if not any(all(_value(t, k) == v for k, v in selector.items()) for t in trials):
-                raise ConfigError(f"claims: {claim.id}: no planned trial has {selector}")
+                place = ("claims", index, key if path in side else "where", path)
+                _check_selector(claim.id, path, value, trials, place)
+            hidden = left_out(selector, claim.varied)
+            if not any(
+                t.role not in hidden and all(_value(t, k) == v for k, v in selector.items())
+                for t in trials
+            ):
+                raise StudyError(f"claims: {claim.id}: no planned trial has {selector}").at(
+                    "claims", index, key
+                )
 
 
-def _check_selector(claim_id: str, path: str, value: Scalar, trials: Sequence[Trial]) -> None:
+def _check_selector(
+    claim_id: str, path: str, value: Scalar, trials: Sequence[Trial], place: Location
+) -> None:
     values = [found for trial in trials if (found := _value(trial, path)) is not _NOWHERE]
     if not values:
-        paths = {p for t in trials for p in paths_of(t.config.model_dump(mode="json"))}
-        known = sorted({*paths, *_COLUMNS, "algorithm"})
-        raise ConfigError(f"claims: {claim_id}: unknown selector {path}; {nearest(path, known)}")
+        known = sorted([*_paths(trials), *_COLUMNS])
+        raise StudyError(f"claims: {claim_id}: unknown selector {path}; {nearest(path, known)}").at(
+            *place
+        )
     if value not in values:
         there = ", ".join(sorted({str(found) for found in values}))
-        raise ConfigError(
+        raise StudyError(
             f"claims: {claim_id}: no planned trial has {path} {value}; there: {there}"
-        )
+        ).at(*place)
 
 
 _COLUMNS = ("role", "control", "replicate")
@@ -112,7 +161,7 @@ def _value(trial: Trial, path: str) -> Any:
     if path in _COLUMNS:
         return getattr(trial, path)
     node: Any = trial.config.model_dump(mode="json")
-    for part in ("algorithm.name" if path == "algorithm" else path).split("."):
+    for part in canonical_path(path).split("."):
         if not isinstance(node, dict) or part not in node:
             return _NOWHERE
         node = node[part]
@@ -158,38 +207,15 @@ def _set(raw: dict[str, Any], override: str) -> None:
     node[parts[-1]] = value
 
 
-def _explain(error: Any, document: Any, path: Path) -> str:
-    """One pydantic error as one line: file, line, path, what, what is allowed."""
-    node, line, shown = document, 1, list[str]()
-    candidates: list[type[BaseModel]] = [Study]
-    for part in error["loc"]:
+def _line(document: Any, place: Location) -> int:
+    """Line of the file that holds a place, or of the last key before it that is in the file."""
+    node, line = document, 1
+    for part in place:
         # YAML reads the key `null` as the value null.
         key = None if part == "null" and isinstance(node, dict) and None in node else part
-        inside = isinstance(node, (dict, list)) and (
-            key in node if isinstance(node, dict) else isinstance(key, int) and key < len(node)
-        )
-        if inside:
-            line = (node.lc.item(key) if isinstance(key, int) else node.lc.key(key))[0] + 1
-            node = node[key]
-            shown.append(str(part))
-        elif isinstance(part, str) and any(tag_of(c) == part for c in candidates):
-            candidates = [c for c in candidates if tag_of(c) == part]
-            continue
-        elif error["type"] == "extra_forbidden" or any(part in c.model_fields for c in candidates):
-            shown.append(str(part))  # set by --set, or missing: not in the file
-        if error["type"] == "extra_forbidden" and part == error["loc"][-1]:
+        is_item = isinstance(node, list) and isinstance(key, int) and key < len(node)
+        if not is_item and not (isinstance(node, dict) and key in node):
             break
-        if isinstance(part, str):
-            candidates = [
-                model
-                for c in candidates
-                if part in c.model_fields
-                for model in models_of(c.model_fields[part].annotation)
-            ]
-    name = ".".join(shown) or "study"
-    if error["type"] == "extra_forbidden":
-        known = sorted({field for c in candidates for field in c.model_fields})
-        return f"{path}:{line}: unknown key {name}; {nearest(str(error['loc'][-1]), known)}"
-    message = error["msg"].removeprefix("Value error, ")
-    given = "" if error["type"] in ("missing", "value_error") else f" (got {error['input']!r})"
-    return f"{path}:{line}: {name}: {message}{given}"
+        line = (node.lc.item(key) if is_item else node.lc.key(key))[0] + 1
+        node = node[key]
+    return line

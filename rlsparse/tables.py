@@ -49,7 +49,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("seed", pa.int64()),
             ("replicate", pa.int32()),
             ("role", pa.string()),  # baseline, factor, control, surrogate
-            ("control", pa.string()),  # lr_zero, same_seed, lr_times_3, or null
+            ("control", pa.string()),  # name of the control (`study.Control`), or null
             ("precision", pa.string()),
             ("learning_rate", pa.float64()),
             ("num_steps", pa.int64()),

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import torch
@@ -21,10 +21,12 @@ from transformers import PrinterCallback
 from rlsparse import tables
 from rlsparse.algorithms import ALGORITHMS, TrialContext
 from rlsparse.config import TrialConfig
+from rlsparse.errors import TrialError
 from rlsparse.models.loading import TORCH_DTYPES, load_model, load_tokenizer
+from rlsparse.optim import select_trainable
 from rlsparse.probe import Probe
 from rlsparse.tables import SUMMARY
-from rlsparse.tasks import load_task
+from rlsparse.tasks import Problem, Task, load_reward, load_task, render_prompts
 from rlsparse.tasks.generate import Score, evaluate
 
 _MEDIAN_SAMPLE = 2**22
@@ -65,7 +67,7 @@ def train_trial(
     started, cpu_started = time.monotonic(), time.process_time()
     out_dir.mkdir(parents=True, exist_ok=True)
     _write_json(out_dir / "config.json", config.model_dump(mode="json"))
-    _make_deterministic(config.seed, num_threads)
+    _make_deterministic(config.sampling_seed, num_threads)
     context = _load(config, base_dir, out_dir / "scratch")
     score_base = _score_stored(context, base_dir)
     median = _median_magnitude(context.model)
@@ -80,6 +82,7 @@ def train_trial(
     trainer = ALGORITHMS[config.algorithm.name](context)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(probe)
+    transformers.set_seed(config.sampling_seed)  # building the trainer seeded with the data's seed
     trainer.train()
     shutil.rmtree(context.scratch_dir, ignore_errors=True)
     probe.write_ever_changed()
@@ -109,23 +112,51 @@ def train_trial(
 def _load(config: TrialConfig, base_dir: Path, scratch_dir: Path) -> TrialContext:
     """Model, tokenizer and data of a trial, on the device that it trains on."""
     task = load_task(config.task)
+    tokenizer = load_tokenizer(base_dir)
     model = load_model(base_dir, config.train.precision)
+    select_trainable(model, config.train)
     if torch.cuda.is_available():
         model = model.to("cuda")
         torch.cuda.reset_peak_memory_stats()
     return TrialContext(
         config=config,
         model=model,
-        tokenizer=load_tokenizer(base_dir),
+        tokenizer=tokenizer,
         task=task,
-        problems=list(task.problems("train", config.task.num_train_problems)),
+        problems=_problems(config, task, tokenizer, "train"),
+        reward=load_reward(
+            getattr(config.algorithm, "reward", "task"), task, seed=config.sampling_seed
+        ),
         scratch_dir=scratch_dir,
     )
 
 
+def _problems(
+    config: TrialConfig, task: Task, tokenizer: Any, split: Literal["train", "test"]
+) -> list[Problem]:
+    """The problems of a split that a trial uses, as the base reads them.
+
+    Raises:
+        TrialError: none has a solution that is short enough for completions.
+    """
+    sizes = {"train": config.task.num_train_problems, "test": config.task.num_eval_problems}
+    problems = render_prompts(
+        task.problems(split, sizes[split]), tokenizer, config.task.prompt_format
+    )
+    gold = tokenizer([p.completion for p in problems], add_special_tokens=False)["input_ids"]
+    shortest = min(map(len, gold)) + 1  # and the end of text
+    if shortest > config.task.max_completion_tokens:
+        raise TrialError(
+            f"task.max_completion_tokens is {config.task.max_completion_tokens}, but the shortest "
+            f"{split} solution of {config.task.name} takes {shortest} tokens, so that no "
+            "completion could be right; raise it"
+        )
+    return problems
+
+
 def _score(context: TrialContext, model: Any) -> Score:
     """Held-out greedy score; leaves torch's random state as it was."""
-    problems = context.task.problems("test", context.config.task.num_eval_problems)
+    problems = _problems(context.config, context.task, context.tokenizer, "test")
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         return evaluate(model, context.tokenizer, context.task, problems)

@@ -88,6 +88,29 @@ def tiny_trial() -> Callable[..., TrialConfig]:
     return make
 
 
+@pytest.fixture
+def context_of(tmp_path):
+    """What a trial gives the ``build`` of its algorithm: ``context_of(config, base)``."""
+    from rlsparse.algorithms import TrialContext
+    from rlsparse.models.loading import load_model, load_tokenizer
+    from rlsparse.tasks import load_reward, load_task
+
+    def make(config: TrialConfig, base: Base) -> TrialContext:
+        task = load_task(config.task)
+        reward = getattr(config.algorithm, "reward", "task")
+        return TrialContext(
+            config=config,
+            model=load_model(base.path, config.train.precision),
+            tokenizer=load_tokenizer(base.path),
+            task=task,
+            problems=list(task.problems("train", config.task.num_train_problems)),
+            reward=load_reward(reward, task, seed=config.sampling_seed),
+            scratch_dir=tmp_path,
+        )
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def run_trial(tmp_path_factory) -> Callable[[TrialConfig, Base], Trained]:
     """Runs a trial in this process, every time it is called."""

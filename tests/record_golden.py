@@ -7,7 +7,8 @@ earlier release starts from nothing: record it only on purpose.
 import json
 from pathlib import Path
 
-from rlsparse.config import TrialConfig, trial_id
+from rlsparse.config import TrialConfig
+from rlsparse.identity import trial_id
 
 TRIAL_IDS = Path(__file__).parent / "golden" / "trial_ids.json"
 
@@ -21,11 +22,17 @@ CASES: dict[str, dict] = {
         "train": {"num_steps": 24, "learning_rate": 3e-6, "max_grad_norm": None},
         "probe": {"snapshots": [6, 12]},
     },
+    "ppo_defaults": {"algorithm": {"name": "ppo"}},
+    "kto_with_a_file_on_a_data_set": {
+        "algorithm": {"name": "kto", "data": "kto.jsonl"},
+        "task": {"name": "dataset", "source": "problems.csv", "grader": "math"},
+        "train": {"optimizer": "sgd-momentum", "trainable_modules": ["q", "v"], "data_seed": 1},
+    },
 }
 
 
 def trial_ids() -> dict[str, str]:
-    """The identity of each case on one base, task version and machine setting."""
+    """The identity of each case on one base, data version and machine setting."""
     return {
         name: trial_id(
             TrialConfig.model_validate(case),
@@ -33,7 +40,7 @@ def trial_ids() -> dict[str, str]:
             num_threads=1,
             num_workers=1,
             base_fingerprint="0" * 64,
-            task_version="1",
+            data_version="1",
         )
         for name, case in CASES.items()
     }

@@ -338,6 +338,67 @@ def test_every_level_must_be_equivalent() -> None:
     assert row["estimate"] == pytest.approx(1.25, rel=1e-2)  # the level that stands out
 
 
+def test_fields_of_algorithms_are_judged_apart() -> None:
+    """Effects of ``beta`` in DPO and SimPO that cancel in the mean are no equivalence."""
+    study = make_study(
+        baseline={"algorithm": {"name": "dpo"}, "train": {"num_steps": 20}},
+        factors={"algorithm.name": ["dpo", "simpo"], "algorithm.beta": [0.1, 2.0]},
+        controls=["lr_times_3"],
+        claims=[
+            {"id": "same", "kind": "equivalent", "factor": "algorithm.beta"},
+            {"id": "more", "kind": "greater", "a": {"algorithm.beta": 2.0},
+             "b": {"algorithm.beta": 0.1}},
+            {"id": "less", "kind": "greater", "a": {"algorithm.beta": 2.0},
+             "b": {"algorithm.beta": 0.1}, "where": {"algorithm": "simpo"}},
+        ],
+    )  # fmt: skip
+
+    def moved(trial: Trial) -> float:
+        by = {"dpo": 0.25, "simpo": 2.0}[trial.config.algorithm.name]
+        by = by if trial.cell["algorithm.beta"] == "2.0" else 1.0
+        return 0.05 * by * (3 if trial.control else 1) * float(np.exp(NOISE[trial.config.seed]))
+
+    def verdicts(density: Callable[[Trial], float], **made: Callable[..., object]):
+        return judge(study, density, more=lambda t: {}, **made)
+
+    same, more, less = verdicts(moved)
+    assert same["verdict"] == "undecided"
+    assert "beyond the margin" in str(same["note"])
+    assert same["num_runs"] == more["num_runs"] == 4
+    assert more["verdict"] == "refuted"  # sparser in DPO, but not in SimPO
+    assert less["verdict"] == "refuted"
+    still = verdicts(lambda t: 0.05 * (3 if t.control else 1) * np.exp(NOISE[t.config.seed]))
+    assert still[0]["verdict"] == "supported"
+    lost = verdicts(moved, failed=lambda t: t.config.algorithm.name == "simpo")[0]
+    assert '{"algorithm.name":"simpo"}: 0 seeds with complete matched runs' in str(lost["note"])
+
+
+def test_claims_leave_surrogates_out_unless_the_reward_is_asked_for() -> None:
+    reward = {"a": {"algorithm.reward": "task"}, "b": {"algorithm.reward": "random"}}
+    study = make_study(
+        factors={"algorithm.reward": ["task", "random"]},
+        controls=["shuffled_reward", "lr_times_3"],
+        claims=[
+            {"id": "real", "kind": "within", "low": 0.0, "high": 0.95},
+            {"id": "asked", "kind": "within", "low": 0.0, "high": 0.95,
+             "where": {"role": "surrogate"}},
+            {"id": "sparser", "kind": "greater", **reward},
+            {"id": "same", "kind": "equivalent", "factor": "algorithm.reward"},
+        ],
+    )  # fmt: skip
+
+    def dense(trial: Trial) -> float:
+        by = 4 if trial.role == "surrogate" else 3 if trial.control else 1
+        return 0.1 * by * float(np.exp(NOISE[trial.config.seed]))
+
+    real, asked, sparser, same = judge(study, dense)
+    assert real["estimate"] == pytest.approx(0.9, abs=0.01)
+    assert asked["estimate"] == pytest.approx(0.6, abs=0.03)
+    assert (sparser["verdict"], sparser["num_runs"]) == ("supported", 4)
+    assert (same["verdict"], same["num_runs"]) == ("undecided", 4)
+    assert same["estimate"] == pytest.approx(4, rel=1e-3)
+
+
 def test_equivalent_without_the_factor() -> None:
     where = {"algorithm.kl_coef": 0.0}
     undecided({**KL, "where": where}, "do not vary algorithm.kl_coef from 0.0")
@@ -416,6 +477,14 @@ def test_above_null_between_levels_pairs_within_the_seed() -> None:
     (row,) = judge(study, overlaps=overlaps_of(study, lift))
     assert (row["verdict"], row["num_runs"]) == ("supported", 4)
     assert "lift over 8 pairs" in str(row["note"])
+
+
+def test_masks_of_different_bases_do_not_overlap() -> None:
+    claim = {**ABOVE, "between": "model.source", "where": {}}
+    study = study_of(claim, factors={"model.source": ["tiny", "smollm2-135m"]}, controls=[])
+    (row,) = judge(study)
+    assert row["verdict"] == "undecided"
+    assert "masks of different bases have no weights in common" in str(row["note"])
 
 
 def test_above_null_between_seeds_stays_within_the_cell() -> None:

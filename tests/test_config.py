@@ -1,152 +1,21 @@
-"""Configuration is frozen and strict; a trial's name follows all that determines its bits.
+"""Configuration is frozen and strict, and its parts must fit."""
 
-The names in ``golden/trial_ids.json`` are recorded by ``python tests/record_golden.py``.
-"""
-
-import json
 import subprocess
 import sys
 
 import pytest
-import record_golden
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from rlsparse.config import (
     STORED_DTYPE,
-    ChainSumConfig,
     DpoConfig,
-    GrpoConfig,
     ProbeConfig,
+    Reward,
     SftConfig,
     TrainConfig,
     TrialConfig,
-    canonical_json,
-    trial_id,
 )
-
-IDENTITY = {
-    "replicate": 0,
-    "num_threads": 1,
-    "num_workers": 1,
-    "base_fingerprint": "f",
-    "task_version": "1",
-}
-BASE = {"algorithm": {"name": "grpo"}, "train": {"num_steps": 20, "batch_size": 16}}
-
-
-def name_of(config: dict, **identity) -> str:
-    return trial_id(TrialConfig.model_validate(config), **{**IDENTITY, **identity})
-
-
-def changed(config: dict, path: str, value: object) -> dict:
-    head, _, rest = path.partition(".")
-    inner = changed(config.get(head, {}), rest, value) if rest else value
-    return {**config, head: inner}
-
-
-def test_trial_ids_are_golden():
-    assert record_golden.trial_ids() == json.loads(record_golden.TRIAL_IDS.read_text())
-
-
-def test_trial_id_is_the_hash_of_what_determines_the_bits():
-    """Recomputed from the definition, independently of the order of keys."""
-    import hashlib
-
-    resolved = {
-        "algorithm": {"name": "sft"},
-        "probe": {"score_snapshots": True, "snapshots": []},
-        "seed": 7,
-        "task": json.loads(ChainSumConfig().model_dump_json()),
-        "train": json.loads(TrainConfig().model_dump_json()),
-    }
-    identity = {
-        "base": "f", "config": resolved, "num_threads": 1, "num_workers": 1, "replicate": 0,
-        "task_version": "1",
-    }  # fmt: skip
-    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
-    expected = hashlib.sha256(text.encode()).hexdigest()[:12]
-    assert name_of({"algorithm": {"name": "sft"}, "seed": 7}) == expected
-
-
-@pytest.mark.parametrize(
-    "same",
-    [
-        {**BASE, "model": {"source": "/elsewhere/the/same/base"}},
-        {**BASE, "keep_checkpoints": True},
-        {**BASE, "seed": 0, "task": {}, "probe": {}},
-        changed(BASE, "train.learning_rate", 0.00001),
-    ],
-)
-def test_trial_id_ignores_what_does_not_change_the_bits(same):
-    assert name_of(same) == name_of(BASE)
-
-
-OTHER = {
-    "train.num_steps": 21,
-    "train.batch_size": 32,
-    "train.learning_rate": 2e-5,
-    "train.precision": "fp32",
-    "train.max_grad_norm": None,
-    "train.optimizer": "sgd",
-    "train.adam_beta1": 0.8,
-    "train.adam_beta2": 0.99,
-    "train.adam_epsilon": 1e-6,
-    "train.weight_decay": 0.1,
-    "train.lr_schedule": "cosine",
-    "train.warmup_steps": 3,
-    "train.gradient_accumulation_steps": 2,
-    "task.num_terms": 4,
-    "task.num_digits": 2,
-    "task.num_shots": 1,
-    "task.num_train_problems": 700,
-    "task.num_eval_problems": 300,
-    "task.max_completion_tokens": 7,
-    "algorithm.kl_coef": 0.04,
-    "algorithm.num_generations": 4,
-    "algorithm.temperature": 0.9,
-    "algorithm.clip_range": 0.1,
-    "algorithm.num_iterations": 2,
-    "algorithm.scale_rewards": "none",
-    "probe.snapshots": [3],
-    "probe.score_snapshots": False,
-    "seed": 1,
-}
-
-
-@pytest.mark.parametrize(("path", "value"), OTHER.items())
-def test_trial_id_changes_with_every_field(path, value):
-    assert name_of(changed(BASE, path, value)) != name_of(BASE)
-
-
-def test_every_field_is_in_the_test_above():
-    parts = {
-        "train": TrainConfig,
-        "task": ChainSumConfig,
-        "algorithm": GrpoConfig,
-        "probe": ProbeConfig,
-    }
-    fields = {f"{part}.{field}" for part, model in parts.items() for field in model.model_fields}
-    assert fields - {"task.name", "algorithm.name"} | {"seed"} == set(OTHER)
-    assert set(TrialConfig.model_fields) == {*parts, "seed", "model", "keep_checkpoints"}
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"replicate": 1},
-        {"num_threads": 2},
-        {"num_workers": 2},
-        {"base_fingerprint": "g"},
-        {"task_version": "2"},
-    ],
-)
-def test_trial_id_changes_with_what_is_outside_the_configuration(other):
-    assert name_of(BASE, **other) != name_of(BASE)
-
-
-def test_algorithms_have_other_names():
-    ids = {name_of({"algorithm": {"name": name}}) for name in ("sft", "dpo", "grpo")}
-    assert len(ids) == 3
+from rlsparse.task_config import BasicArithmeticConfig, DatasetConfig
 
 
 def test_configuration_is_frozen_and_strict():
@@ -182,7 +51,8 @@ def test_configuration_is_frozen_and_strict():
           "gradient_accumulation_steps": 2}}, "9 is not a multiple"),
         ({"algorithm": {"name": "sft"}, "train": {"num_steps": 3}, "probe": {"snapshots": [2, 4]}},
          r"\[4\] lie beyond train.num_steps 3"),
-        ({"algorithm": {"name": "ppo"}}, "'sft', 'dpo', 'grpo'"),
+        ({"algorithm": {"name": "trpo"}}, "'grpo', 'rloo', 'ppo', 'prime'"),
+        ({"algorithm": {"name": "ppo"}, "train": {"batch_size": 12}}, "= 12 must be a multiple of"),
     ],
 )  # fmt: skip
 def test_parts_must_fit(config, message):
@@ -206,12 +76,6 @@ def test_stored_dtype():
     }  # fmt: skip
 
 
-def test_canonical_json():
-    assert canonical_json({"b": 1e-5, "a": [None, True, "é"]}) == '{"a":[null,true,"é"],"b":1e-05}'
-    with pytest.raises(ValueError, match="JSON compliant"):
-        canonical_json(float("inf"))
-
-
 def test_configuration_and_models_need_no_torch():
     code = (
         "import sys, rlsparse.config, rlsparse.study, rlsparse.tables;"
@@ -226,4 +90,44 @@ def test_configuration_and_models_need_no_torch():
 
 def test_an_empty_source_is_no_model():
     with pytest.raises(ValidationError, match="at least 1 character"):
-        TrialConfig.model_validate({**BASE, "model": {"source": ""}})
+        TrialConfig.model_validate({"algorithm": {"name": "sft"}, "model": {"source": ""}})
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [("task", True), ("shuffled", True), ("random", True), ("mine:reward", True),
+     ("a.b_2:_c", True), ("tasks", False), ("", False), ("mine", False), ("mine:", False),
+     (":reward", False), ("a b:c", False), ("mine:reward\n", False), ("a:b:c", False)],
+)  # fmt: skip
+def test_a_reward_is_a_word_or_a_function(text, is_one):
+    try:
+        TypeAdapter(Reward).validate_python(text)
+    except ValidationError:
+        assert not is_one
+    else:
+        assert is_one
+
+
+def test_texts_of_tasks():
+    for wrong in ({"operators": ""}, {"operators": "+x"}, {"operators": "**%"}):
+        with pytest.raises(ValidationError):
+            BasicArithmeticConfig(**wrong)
+    assert BasicArithmeticConfig(operators="-/").operators == "-/"
+    for wrong in ({"grader": "exactly"}, {"prompt_template": "Q: {question}"}, {"source": ""}):
+        with pytest.raises(ValidationError):
+            DatasetConfig.model_validate({"source": "a.csv", **wrong})
+    template = "Question:\n{prompt}\nAnswer:"
+    assert DatasetConfig(source="a.csv", prompt_template=template).prompt_template == template
+
+
+def test_seeds_follow_the_trial_unless_they_are_set():
+    trial = TrialConfig.model_validate({"algorithm": {"name": "ppo"}, "seed": 3})
+    assert (trial.data_seed, trial.sampling_seed, trial.init_seed) == (3, 3, 3)
+    apart = {"name": "ppo", "sampling_seed": 0, "init_seed": 1}
+    trial = TrialConfig.model_validate(
+        {"algorithm": apart, "train": {"data_seed": 0}, "seed": 3, "task": {"num_terms": 4}}
+    )
+    assert (trial.data_seed, trial.sampling_seed, trial.init_seed) == (0, 0, 1)
+    assert trial.task.name == "chain_sum"
+    sft = TrialConfig(algorithm=SftConfig(), seed=5)
+    assert (sft.data_seed, sft.sampling_seed, sft.init_seed) == (5, 5, 5)

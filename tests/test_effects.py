@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from rlsparse import effects, tables
-from rlsparse.config import ModelConfig, canonical_json
+from rlsparse.config import ModelConfig
 from rlsparse.definitions import DEFINITIONS
-from rlsparse.effects import Pair
+from rlsparse.identity import canonical_json
 from rlsparse.study import At, Study, Trial, expand
 
 N = 1_000_000
@@ -22,7 +22,7 @@ def make_study(**fields: object) -> Study:
     base = {
         "name": "s",
         "question": "?",
-        "baseline": {"algorithm": {"name": "grpo"}, "train": {"num_steps": 20}},
+        "baseline": {"algorithm": {"name": "grpo", "kl_coef": 0.0}, "train": {"num_steps": 20}},
         "seeds": [0, 1, 2, 3],
     }
     return Study.model_validate(base | fields)
@@ -32,7 +32,7 @@ def trials_of(study: Study) -> list[Trial]:
     def fingerprint(model: ModelConfig) -> str:
         return model.source
 
-    return expand(study, fingerprint=fingerprint, task_version="1")
+    return expand(study, fingerprint=fingerprint, data_version=lambda config: "1")
 
 
 def make_tables(
@@ -205,78 +205,6 @@ def test_snapshots_join_density_and_score() -> None:
     assert effects.snapshots(frame, "nobody", "sparsity.bitwise@stored").empty
 
 
-NESTED_STUDY = make_study(
-    factors={
-        "algorithm.name": ["grpo", "sft"],
-        "algorithm.kl_coef": [0.0, 0.04],
-        "train.max_grad_norm": [None, 1.0],
-    },
-    controls=["lr_zero", "same_seed", "lr_times_3"],
-)
-
-
-def test_select() -> None:
-    runs = effects.with_configs(make_tables(trials_of(NESTED_STUDY), lambda t: 0.1)[0])
-    count = {
-        '{}': 24,
-        '{"algorithm": "sft"}': 8,
-        '{"algorithm.name": "grpo", "train.max_grad_norm": null}': 8,
-        '{"train.max_grad_norm": 1, "seed": 2}': 3,
-        '{"algorithm.kl_coef": 0.04}': 8,
-        '{"algorithm.beta": 0.1}': 0,
-        '{"role": "baseline"}': 4,
-        '{"control": "lr_times_3"}': 4,
-        '{"control": "lr_zero", "algorithm": "sft"}': 1,
-        '{"control": null}': 24,
-        '{"replicate": 1}': 2,
-        '{"replicate": 0}': 30,
-        '{"no.such.path": null}': 0,
-    }  # fmt: skip
-    assert {key: len(effects.select(runs, json.loads(key))) for key in count} == count
-
-
-def test_nested_factors_match_on_what_both_have() -> None:
-    runs = effects.with_configs(make_tables(trials_of(NESTED_STUDY), lambda t: 0.1)[0])
-    plain = runs[runs["role"] != "control"]
-    pairs = effects.factor_pairs(plain, "algorithm.name", "sft", "grpo")
-    assert len(pairs) == 4 * 2 * 2  # seed x clipping x the KL coefficient of the GRPO run
-    clip = dict(
-        zip(runs["trial_id"], (c["train.max_grad_norm"] for c in runs["cell"]), strict=True)
-    )
-    for pair in pairs:
-        held = json.loads(pair.within)
-        assert held.keys() == {"algorithm.kl_coef", "train.max_grad_norm"}
-        assert clip[pair.a] == clip[pair.b] == held["train.max_grad_norm"]
-    assert len(effects.factor_pairs(plain, "algorithm.kl_coef", "0.04", "0.0")) == 4 * 2
-    assert effects.matched_pairs(plain, plain, ["train.batch_size"]) == []
-    controls = effects.control_pairs(runs)
-    assert {p.within for p in controls} == {
-        canonical_json(
-            {"algorithm.name": "grpo", "algorithm.kl_coef": "0.0", "train.max_grad_norm": "null"}
-        )
-    }
-    assert len(controls) == 4
-
-
-def test_mapping_levels_are_ignored_with_their_parts() -> None:
-    study = make_study(
-        factors={"algorithm": [{"name": "grpo", "kl_coef": 0.0}, {"name": "grpo", "kl_coef": 0.04}]}
-    )
-    runs = effects.with_configs(make_tables(trials_of(study), lambda t: 0.1)[0])
-    sides = [effects.select(runs, {"algorithm.kl_coef": level}) for level in (0.04, 0.0)]
-    assert len(effects.matched_pairs(*sides)) == 0
-    assert len(effects.matched_pairs(*sides, ["algorithm.kl_coef"])) == 4
-    assert len(effects.matched_pairs(*sides, ["algorithm"])) == 4
-
-
-def test_by_seed_averages_and_drops_incomplete_seeds() -> None:
-    pairs = [Pair("a", "b", seed, within) for seed in (3, 1, 2) for within in ("x", "y")]
-    values = [1.0, 3.0, 5.0, 7.0, 9.0, np.nan]
-    assert effects.by_seed(pairs, values).tolist() == [6.0, 2.0]
-    assert effects.by_seed(pairs[:5], values[:5]).tolist() == [6.0, 2.0]
-    assert effects.by_seed([], []).size == 0
-
-
 FACTORIAL = make_study(
     factors={"algorithm.kl_coef": [0.0, 0.04, 0.1], "train.max_grad_norm": [None, 1.0]},
     controls=["lr_times_3"],
@@ -370,3 +298,74 @@ def test_row_order_does_not_matter() -> None:
 def test_nothing_finished_is_an_empty_or_null_table() -> None:
     made = make_tables(trials_of(FACTORIAL), planted, lambda t: True)
     assert effects_of(FACTORIAL, *made).empty
+
+
+def test_fields_of_different_algorithms_are_not_pooled() -> None:
+    """``beta`` of DPO lowers density by half, that of SimPO raises it as much: not a zero."""
+    study = make_study(
+        baseline={"algorithm": {"name": "dpo"}, "train": {"num_steps": 20}},
+        factors={
+            "algorithm": [{"name": "dpo"}, {"name": "simpo"}, {"name": "grpo"}],
+            "algorithm.beta": [0.1, 2.0],
+            "train.max_grad_norm": [None, 1.0],
+        },
+    )
+
+    def density(trial: Trial) -> float:
+        by = {"dpo": 0.5, "simpo": 2.0, "grpo": 1.0}[trial.config.algorithm.name]
+        moved = trial.cell.get("algorithm.beta") == "2.0"
+        return 0.1 * (by if moved else 1) * (1 + 0.01 * trial.config.seed)
+
+    frame = effects_of(study, *make_tables(trials_of(study), density))
+    beta = frame[(frame["factor"] == "algorithm.beta")
+                 & (frame["response"] == "sparsity.bitwise@stored")]  # fmt: skip
+    held = [json.loads(text) for text in beta["within"]]
+    assert sorted(map(canonical_json, held)) == sorted(
+        canonical_json(within)
+        for name in ("dpo", "simpo")
+        for within in (
+            {"algorithm.name": name},
+            {"algorithm": name, "train.max_grad_norm": "null"},
+            {"algorithm": name, "train.max_grad_norm": "1.0"},
+        )
+    )
+    for name, by in (("dpo", 0.5), ("simpo", 2.0)):
+        row = pick(beta, within=canonical_json({"algorithm.name": name}))
+        gap = np.mean([odds(0.1 * by * (1 + 0.01 * s)) - odds(0.1 * (1 + 0.01 * s))
+                       for s in range(4)])  # fmt: skip
+        assert row["estimate"] == pytest.approx(gap, rel=1e-3)
+        assert row["num_runs"] == 4
+    clip = frame[frame["factor"] == "train.max_grad_norm"]
+    assert "{}" in set(clip["within"])  # not a field of the algorithm
+
+
+def test_a_field_of_one_algorithm_is_pooled_over_the_rest() -> None:
+    study = make_study(
+        factors={"algorithm.name": ["grpo", "sft"], "algorithm.kl_coef": [0.0, 0.04]}
+    )
+    frame = effects_of(study, *make_tables(trials_of(study), lambda t: 0.1))
+    kl = frame[(frame["factor"] == "algorithm.kl_coef") & (frame["response"] == "score_after")]
+    assert set(kl["within"]) == {"{}", '{"algorithm.name":"grpo"}'}
+
+
+def test_surrogates_enter_only_where_the_reward_is_the_factor() -> None:
+    study = make_study(
+        factors={"algorithm.reward": ["task", "random"], "train.max_grad_norm": [None, 1.0]},
+        controls=["shuffled_reward", "lr_times_3"],
+    )
+
+    def density(trial: Trial) -> float:
+        return 0.4 if trial.role == "surrogate" else 0.1
+
+    frame = effects_of(study, *make_tables(trials_of(study), density))
+    ours = frame[frame["response"] == "sparsity.bitwise@stored"]
+    reward = pick(ours, factor="algorithm.reward", within="{}")
+    assert (reward["level"], reward["num_runs"]) == ("random", 4)
+    assert reward["estimate"] == pytest.approx(odds(0.4) - odds(0.1), rel=1e-4)
+    clip = ours[ours["factor"] == "train.max_grad_norm"]
+    assert set(clip["within"]) == {"{}", '{"algorithm.reward":"task"}'}
+    plain = make_study(controls=["shuffled_reward", "lr_times_3"])
+    frame = effects_of(plain, *make_tables(trials_of(plain), density))
+    control = frame[frame["response"] == "sparsity.bitwise@stored"]
+    assert set(control["factor"]) == {"control.lr_times_3"}
+    assert set(control["estimate"]) == {0.0}

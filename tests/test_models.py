@@ -7,7 +7,8 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from rlsparse.config import STORED_DTYPE, ModelConfig
 from rlsparse.errors import CheckpointError
@@ -48,6 +49,45 @@ def test_pad_falls_back_to_the_end_of_text(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).pad_token is None
     assert load_tokenizer(tmp_path).pad_token == "<eos>"
+
+
+def with_beginning(template: str | None) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with ``?`` as beginning, and ``template`` around every text."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "?"})
+    if template:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=template,
+            special_tokens=[("?", tokenizer.bos_token_id), ("<eos>", tokenizer.eos_token_id)],
+        )
+    return tokenizer
+
+
+@pytest.mark.parametrize(("template", "beginning"), [("? $A", "?"), (None, None)])
+def test_a_beginning_is_kept_only_where_the_tokenizer_writes_it(tmp_path, template, beginning):
+    with_beginning(template).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.bos_token == beginning
+    plain = make_tokenizer()("1 + 2")["input_ids"]
+    added = [tokenizer.bos_token_id] if beginning else []
+    assert tokenizer("1 + 2")["input_ids"] == added + plain
+    assert tokenizer("1 + 2", add_special_tokens=False)["input_ids"] == plain
+
+
+@pytest.mark.parametrize("template", ["$A <eos>", "? $A <eos>", "<eos> $A", "? ? $A"])
+def test_a_tokenizer_that_writes_more_than_a_beginning(tmp_path, template):
+    with_beginning(template).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"around every text; at most its bos_token \('\?'\)"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("pad", ["<pad>", None])
+def test_a_tokenizer_without_an_end(tmp_path, pad):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token, tokenizer.pad_token = None, pad
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"has no end-of-text token.* set eos_token in its"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("precision", list(STORED_DTYPE))

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from rlsparse.config import TrainConfig
-from rlsparse.optim import Fp32MomentAdamW, build_optimizer
+from rlsparse.errors import ConfigError
+from rlsparse.models.loading import load_model
+from rlsparse.optim import Fp32MomentAdamW, Fp32MomentSgd, build_optimizer, select_trainable
+from rlsparse.patch import Patch
 
 NUM_STEPS = 60
 SETTINGS = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -155,3 +158,136 @@ def test_sgd_is_plain(precision):
     for weight, old in zip(model.parameters(), before, strict=True):
         once = old - 0.5 * (1 + 0.25 * old)
         torch.testing.assert_close(weight.detach(), once - 0.5 * (1 + 0.25 * once))
+
+
+# --- momentum --------------------------------------------------------------------------------
+
+MOMENTUM = {"lr": 3e-3, "momentum": 0.9, "weight_decay": 0.1}
+
+
+def momentum(weights: np.ndarray, grads: list[np.ndarray], rounded=lambda w: w) -> np.ndarray:
+    """torch's SGD in float64: v = m v + (g + d w), w = w - lr v."""
+    velocity = np.zeros_like(weights)
+    for grad in grads:
+        velocity = MOMENTUM["momentum"] * velocity + grad + MOMENTUM["weight_decay"] * weights
+        weights = rounded(weights - MOMENTUM["lr"] * velocity)
+    return weights
+
+
+def test_momentum_follows_the_definition():
+    weight, grads = start(), gradients()
+    exact = momentum(weight.detach().double().numpy(), [g.double().numpy() for g in grads])
+    ours = train(Fp32MomentSgd([weight], **MOMENTUM), weight, grads)
+    weight = start()
+    theirs = train(torch.optim.SGD([weight], **MOMENTUM, foreach=False), weight, grads)
+    unit = np.spacing(np.float32(np.abs(exact).max()))
+    for got in (ours, theirs):
+        assert np.abs(got - exact).max() <= NUM_STEPS * unit
+    assert np.array_equal(ours, theirs)
+    assert np.abs(exact - start().detach().numpy()).max() > 0.05
+
+
+def test_momentum_of_bf16_weights_is_fp32():
+    weight, grads = start(torch.bfloat16), gradients(torch.bfloat16)
+    optimizer = Fp32MomentSgd([weight], **MOMENTUM)
+    rounded = momentum(
+        weight.detach().double().numpy(),
+        [g.double().numpy() for g in grads],
+        lambda w: w.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64),
+    )
+    assert np.mean(train(optimizer, weight, grads) == rounded) >= 0.96
+    assert weight.dtype == torch.bfloat16
+    assert optimizer.state[weight]["momentum_buffer"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-weights", "bf16-mixed", "fp32"])
+def test_sgd_with_momentum(precision):
+    model = torch.nn.Linear(3, 2)
+    settings = {"learning_rate": 0.5, "weight_decay": 0.25, "momentum": 0.75}
+    config = TrainConfig(precision=precision, optimizer="sgd-momentum", **settings)
+    optimizer = build_optimizer(model, config)
+    assert type(optimizer) is (Fp32MomentSgd if precision == "bf16-weights" else torch.optim.SGD)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.5, 0.75, 0.25)
+    if precision != "bf16-weights":
+        assert (group["nesterov"], group["dampening"], group["foreach"]) == (False, 0, False)
+
+
+# --- what is trained -------------------------------------------------------------------------
+
+MATRICES = {"q": "self_attn.q_proj", "v": "self_attn.v_proj", "down": "mlp.down_proj"}
+
+
+@pytest.fixture(scope="module")
+def model(base):
+    return load_model(base.path, "fp32")
+
+
+def trained_names(model) -> set[str]:
+    return {name for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def test_all_is_trained_unless_asked_otherwise(model):
+    select_trainable(model, TrainConfig())
+    assert trained_names(model) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("modules", "layers"), [(("q", "v"), None), (("down",), (1,)), (None, (0, 2)), (("q",), (2,))]
+)
+def test_modules_and_layers_select(model, modules, layers):
+    num_layers = model.config.num_hidden_layers
+    select_trainable(model, TrainConfig(trainable_modules=modules, trainable_layers=layers))
+    chosen = range(num_layers) if layers is None else layers
+    if modules is None:
+        prefixes = tuple(f"model.layers.{layer}." for layer in chosen)
+        expected = {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+        assert len(expected) == 2 * 9
+    else:
+        expected = {f"model.layers.{k}.{MATRICES[m]}.weight" for k in chosen for m in modules}
+    assert trained_names(model) == expected
+
+
+def test_a_selection_may_be_widened_again(model):
+    select_trainable(model, TrainConfig(trainable_modules=("q",)))
+    select_trainable(model, TrainConfig(trainable_modules=("norm",)))
+    assert all("norm" in name for name in trained_names(model))
+    assert "model.norm.weight" in trained_names(model)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ({"trainable_modules": ("router",)},
+         r"trainable_modules \[router\] in train.trainable_layers all select nothing"),
+        ({"trainable_layers": (0, 7)}, r"\[0, 7\] select nothing to train or a layer that is not "
+         r"there: this model has layers 0 to 3, in them q, k, v, o, gate, up, down, norm, "
+         r"outside them norm, embed"),
+        ({"trainable_modules": ("embed",), "trainable_layers": (0,)}, r"\[embed\] in .* \[0\]"),
+        ({"trainable_modules": ("head",)}, "outside them norm, embed"),  # tied
+    ],
+)  # fmt: skip
+def test_nothing_to_train_is_an_error(model, chosen, said):
+    with pytest.raises(ConfigError, match=said):
+        select_trainable(model, TrainConfig(**chosen))
+
+
+@pytest.mark.parametrize("name", ["sft", "grpo"])
+def test_frozen_weights_stay_bit_for_bit(base, tiny_trial, trained, name):
+    """Through a whole trial; that of weight decay alone would move them."""
+    config = tiny_trial(
+        name,
+        precision="fp32",
+        learning_rate=1e-3,
+        weight_decay=0.1,
+        trainable_modules=["q", "down"],
+        trainable_layers=[1, 3],
+    )
+    patch = Patch.open(trained(config, base).patch())
+    moved = {tensor for tensor, entry in patch.tensors.items() if entry.num_changed}
+    assert moved == {
+        f"model.layers.{layer}.{matrix}.weight"
+        for layer in (1, 3)
+        for matrix in ("self_attn.q_proj", "mlp.down_proj")
+    }
+    assert len(patch.tensors) > 30

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlsparse import pretrain as module
 from rlsparse.checkpoint import Checkpoint, fingerprint
-from rlsparse.config import ChainSumConfig
 from rlsparse.pretrain import PretrainConfig, pretrain
+from rlsparse.task_config import ChainSumConfig
 from rlsparse.tasks import load_task
 
 RECIPE = PretrainConfig(

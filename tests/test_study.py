@@ -5,23 +5,23 @@ from pathlib import Path
 import pytest
 from small_study import STUDY, load, with_factors
 
-from rlsparse.config import DpoConfig, GrpoConfig, SftConfig
-from rlsparse.study import (
-    Study,
-    Trial,
-    collapsed_factors,
-    expand,
-    level_label,
-    reference_level,
-)
+from rlsparse.config import DpoConfig, GrpoConfig, RlooConfig, SftConfig
+from rlsparse.errors import ConfigError
+from rlsparse.levels import level_label
+from rlsparse.study import Study, Trial, collapsed_factors, expand, reference_level
 from rlsparse.study_file import load_study
+from rlsparse.task_config import ChainSumConfig, ProductsConfig, SimpleEquationsConfig
 
 ABLATIONS = Path(__file__).parents[1] / "ablations"
-NUM_TRIALS = {"quickstart": 22, "smoke": 12}
+NUM_TRIALS = {"algorithm": 68, "quickstart": 22, "smoke": 40}
 
 
 def trials_of(study: Study) -> list[Trial]:
-    return expand(study, fingerprint=lambda model: f"hash of {model.source}", task_version="1")
+    return expand(
+        study,
+        fingerprint=lambda model: f"hash of {model.source}",
+        data_version=lambda config: f"{config.task.name} 1",
+    )
 
 
 # --- expanding -------------------------------------------------------------------------------
@@ -37,12 +37,12 @@ def test_every_number_of_trials_is_of_an_ablation():
 
 
 def test_grid_times_seeds_in_a_stable_order(tmp_path):
-    text = with_factors("  train.max_grad_norm: [1.0, null]\n  algorithm.kl_coef: [0.0, 0.04]")
+    text = with_factors("  train.max_grad_norm: [1.0, null]\n  algorithm.kl_coef: [0.04, 0.0]")
     trials = trials_of(load(tmp_path, text))
     order = [(t.cell["algorithm.kl_coef"], t.cell["train.max_grad_norm"], t.config.seed)
              for t in trials]  # fmt: skip
     assert order == [
-        (kl, norm, seed) for norm in ("1.0", "null") for kl in ("0.0", "0.04") for seed in (0, 1)
+        (kl, norm, seed) for norm in ("1.0", "null") for kl in ("0.04", "0.0") for seed in (0, 1)
     ]
     assert trials == trials_of(load(tmp_path, text))
     assert [t.role for t in trials] == ["baseline"] * 2 + ["factor"] * 6
@@ -100,6 +100,81 @@ def test_mapping_levels_change_only_what_they_list(tmp_path):
     assert trials[0].cell["algorithm"] == "grpo(kl_coef=0.04)"
 
 
+def test_another_algorithm_has_its_own_defaults(tmp_path):
+    text = with_factors("  algorithm.name: [grpo, rloo, dpo]").replace(
+        "{name: grpo}", "{name: grpo, kl_coef: 0.1, num_generations: 4}"
+    )
+    trials = [t for t in trials_of(load(tmp_path, text)) if t.config.seed == 0]
+    assert [t.config.algorithm for t in trials] == [
+        GrpoConfig(kl_coef=0.1, num_generations=4), RlooConfig(), DpoConfig(),
+    ]  # fmt: skip
+
+
+SIZES = "{name: chain_sum, num_terms: 4, num_eval_problems: 9, num_shots: 2, prompt_format: chat}"
+
+
+def test_another_task_keeps_sizes_and_prompts_only(tmp_path):
+    text = with_factors(
+        "  task: [{name: products, num_digits: 1}, {num_terms: 5}, {name: simple_equations,"
+        " num_eval_problems: 7}]"
+    ).replace("train:", f"task: {SIZES}\n  train:")
+    study = load(tmp_path, text)
+    kept = {"num_eval_problems": 9, "num_shots": 2, "prompt_format": "chat"}
+    trials = trials_of(study)
+    assert [t.config.task for t in trials if t.config.seed == 0] == [
+        ProductsConfig(num_digits=1, **kept),
+        ChainSumConfig(num_terms=5, **kept),
+        SimpleEquationsConfig(**{**kept, "num_eval_problems": 7}),
+    ]
+    assert [t.data_version for t in trials[::2]] == ["products 1", "chain_sum 1",
+                                                     "simple_equations 1"]  # fmt: skip
+    assert [t.label for t in trials[::2]] == [
+        "grpo s0 task=products(num_digits=1)",
+        "grpo s0 task=(num_terms=5)",
+        "grpo s0 task=simple_equations(num_eval_problems=7)",
+    ]
+
+
+def test_names_apply_before_the_fields_that_they_have(tmp_path):
+    """Although ``task.max_value`` and ``algorithm.beta`` come first in the file."""
+    factors = (
+        "  task.max_value: [10, 20]\n  algorithm.beta: [0.5]\n"
+        "  task.name: [chain_sum, simple_equations]\n  algorithm: [{name: grpo}, {name: dpo}]"
+    )
+    study = load(tmp_path, with_factors(factors))
+    cells = [t.cell for t in trials_of(study) if t.config.seed == 0]
+    assert [list(cell.values()) for cell in cells] == [
+        ["grpo", "chain_sum"],
+        ["grpo", "simple_equations", "10"],
+        ["grpo", "simple_equations", "20"],
+        ["dpo", "chain_sum", "0.5"],
+        ["dpo", "simple_equations", "10", "0.5"],
+        ["dpo", "simple_equations", "20", "0.5"],
+    ]
+    assert collapsed_factors(study) == {
+        "task.max_value": ["chain_sum"], "algorithm.beta": ["grpo"],
+    }  # fmt: skip
+
+
+def test_list_levels(tmp_path):
+    text = with_factors(
+        "  train.trainable_modules: [[q, k, v, o], [gate, up, down], null]\n"
+        "  train: [{trainable_layers: [0, 2]}, {num_steps: 3}]"
+    )
+    trials = [t for t in trials_of(load(tmp_path, text)) if t.config.seed == 0]
+    assert [
+        (t.config.train.trainable_modules, t.config.train.trainable_layers) for t in trials
+    ] == [
+        (modules, layers)
+        for layers in ((0, 2), None)
+        for modules in (("q", "k", "v", "o"), ("gate", "up", "down"), None)
+    ]
+    assert (
+        trials[0].label == "grpo s0 train=(trainable_layers=[0, 2]) trainable_modules=[q, k, v, o]"
+    )
+    assert len({t.trial_id for t in trials}) == 6
+
+
 def test_cells_may_be_invalid_on_the_way(tmp_path):
     """Only whole cells are checked: 12 sequences are no multiple of the default 8."""
     text = with_factors("  train.batch_size: [12]\n  algorithm.num_generations: [4, 6]")
@@ -145,10 +220,87 @@ def test_controls(tmp_path):
     assert len({t.trial_id for t in trials}) == len(trials) == 14
 
 
+SURROGATES = "controls: [shuffled_reward, random_reward]"
+
+
+def surrogates_of(study: Study) -> list[tuple]:
+    return [
+        (t.control, t.config.algorithm.name, t.config.algorithm.reward, t.config.seed)
+        for t in trials_of(study)
+        if t.role == "surrogate"
+    ]
+
+
+def test_surrogates_are_the_first_cell_with_another_reward(tmp_path):
+    study = load(tmp_path, with_factors("  algorithm.kl_coef: [0.1, 0.2]", SURROGATES))
+    trials = trials_of(study)
+    assert [(t.role, t.control) for t in trials] == [("factor", None)] * 4 + [
+        ("surrogate", name) for name in ("shuffled_reward", "random_reward") for _ in range(2)
+    ]
+    for real, surrogate in zip(trials[:2] * 2, trials[4:], strict=True):
+        reward = {"shuffled_reward": "shuffled", "random_reward": "random"}[surrogate.control]
+        other = real.config.algorithm.model_copy(update={"reward": reward})
+        assert surrogate.config == real.config.model_copy(update={"algorithm": other})
+        assert surrogate.cell == real.cell
+    assert trials[4].label == "grpo s0 kl_coef=0.1 shuffled_reward"
+
+
+@pytest.mark.parametrize(
+    ("baseline", "names", "expected"),
+    [
+        ("grpo", "[sft, dpo, grpo]", "grpo"),
+        ("sft", "[sft, dpo, grpo]", "dpo"),
+        ("grpo", "[sft, rft, dpo]", "rft"),
+    ],
+)
+def test_surrogates_take_an_algorithm_that_has_a_reward(tmp_path, baseline, names, expected):
+    text = with_factors(f"  algorithm.name: {names}", SURROGATES)
+    study = load(tmp_path, text.replace("{name: grpo}", f"{{name: {baseline}}}"))
+    assert surrogates_of(study) == [
+        (f"{reward}_reward", expected, reward, seed)
+        for reward in ("shuffled", "random")
+        for seed in (0, 1)
+    ]
+
+
+def test_surrogates_take_an_algorithm_that_rewards_what_it_samples(tmp_path):
+    factor = "  algorithm: [{name: dpo, data: gold}, {name: kto, data: a.csv}, {name: rloo}]"
+    text = with_factors(factor, "controls: [random_reward]").replace("{name: grpo}", "{name: dpo}")
+    assert {name for _, name, _, _ in surrogates_of(load(tmp_path, text))} == {"rloo"}
+    with pytest.raises(ConfigError, match=r"this study has dpo, kto; .* sample: dpo, grpo"):
+        load(tmp_path, text.replace(", {name: rloo}", ""))
+
+
+def test_no_reward_no_surrogate(tmp_path):
+    baseline = load(tmp_path).baseline.model_copy(update={"algorithm": SftConfig()})
+    study = Study(name="s", question="?", baseline=baseline, seeds=[0], controls=["random_reward"])
+    with pytest.raises(ConfigError, match=r"needs an algorithm with a reward, this study has sft;"):
+        trials_of(study)
+
+
+def test_a_reward_that_a_factor_changes_makes_a_surrogate(tmp_path):
+    text = with_factors(
+        "  algorithm.reward: [task, shuffled, 'mine:reward']",
+        "controls: [random_reward, shuffled_reward, lr_zero, lr_times_3]",
+    )
+    study = load(tmp_path, text)
+    trials = [t for t in trials_of(study) if t.config.seed == 0]
+    assert [(t.role, t.control, t.cell["algorithm.reward"]) for t in trials] == [
+        ("baseline", None, "task"),
+        ("surrogate", None, "shuffled"),  # which the control would only repeat
+        ("factor", None, "mine:reward"),
+        ("surrogate", "random_reward", "random"),
+        ("control", "lr_zero", "task"),
+        ("control", "lr_times_3", "task"),
+    ]
+    all_shuffled = load(tmp_path, STUDY.replace("{name: grpo}", "{name: grpo, reward: shuffled}"))
+    assert {t.role for t in trials_of(all_shuffled)} == {"baseline"}
+
+
 def test_identity_follows_the_base_and_the_study(tmp_path):
     def ids(text: str, fingerprint: str = "f", version: str = "1") -> list[str]:
         study = load(tmp_path, text)
-        trials = expand(study, fingerprint=lambda _: fingerprint, task_version=version)
+        trials = expand(study, fingerprint=lambda _: fingerprint, data_version=lambda _: version)
         return [t.trial_id for t in trials]
 
     first = ids(STUDY)
@@ -160,18 +312,14 @@ def test_identity_follows_the_base_and_the_study(tmp_path):
     assert first[:1] == ids(STUDY.replace("[0, 1]", "[0]"))  # adding seeds keeps what is done
 
 
-def test_labels():
-    labels = {None: "null", True: "true", 0.04: "0.04", 1e-05: "1e-05", "dpo": "dpo", 3: "3"}
-    for level, label in labels.items():
-        assert level_label(level) == label
-    assert level_label({"name": "dpo", "beta": 0.1, "x": None}) == "dpo(beta=0.1, x=null)"
-    assert level_label({"name": "sft"}) == "sft"
-
-
 @pytest.mark.parametrize(
     ("factor", "reference"),
     [
-        ("algorithm.kl_coef: [0.04, 0]", "0"),  # the baseline's 0.0, as the level is written
+        ("algorithm.kl_coef: [0, 0.040]", "0.04"),
+        ("algorithm.kl_coef: [0, 0.02]", "0"),
+        ("train.weight_decay: [0.1, 0]", "0"),  # the baseline's 0.0, as the level is written
+        ("train.trainable_modules: [[q, k], null]", "null"),
+        ("task: [{name: products}, {name: chain_sum}]", "chain_sum"),
         ("algorithm.name: [sft, grpo]", "grpo"),
         ("algorithm.name: [sft, dpo]", "sft"),
         ("algorithm: [{name: dpo}, {name: grpo}]", "grpo"),

@@ -1,17 +1,22 @@
-"""Problems are disjoint and rightly answered; the grader is strict; decoding is what it says."""
+"""Problems are disjoint and rightly answered; the decoding is what it says."""
 
-import hashlib
+import copy
 import itertools
 import re
+import subprocess
+import sys
+from typing import get_args
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
-from rlsparse.config import ChainSumConfig
+from rlsparse.config import TrialConfig
 from rlsparse.errors import ConfigError
 from rlsparse.models import TINY
 from rlsparse.models.loading import load_model, load_tokenizer
-from rlsparse.tasks import chain_sum, load_task, task_version
+from rlsparse.task_config import ChainSumConfig, TaskConfig
+from rlsparse.tasks import TASKS, data_version, load_task
 from rlsparse.tasks.generate import complete, evaluate
 
 SPLITS = ("pretrain", "train", "validation", "test")
@@ -48,26 +53,6 @@ def test_splits_are_disjoint_by_text_across_difficulties():
         assert of_split[other]
 
 
-def test_sizes_of_splits(task):
-    sizes = {split: len(task.problems(split)) for split in SPLITS}
-    for split in SPLITS:
-        assert len({p.prompt for p in task.problems(split)}) == sizes[split]
-    assert sizes["test"] >= 512
-    assert sizes["train"] >= ChainSumConfig().num_train_problems
-    assert sizes["pretrain"] / sum(sizes.values()) == pytest.approx(0.5, abs=0.03)
-
-
-def test_problems_are_deterministic_and_prefixes(task):
-    first = list(task.problems("test"))
-    chain_sum._splits.cache_clear()
-    assert list(task_of().problems("test")) == first
-    assert list(task.problems("test", 7)) == first[:7]
-    # A fixed set: the version of the task must change with it.
-    text = "".join(f"{p.prompt}{p.completion};" for split in SPLITS for p in task.problems(split))
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    assert (task_version(ChainSumConfig()), digest) == ("1", "ad017f8b107b")
-
-
 @pytest.mark.parametrize(("num_terms", "num_digits"), DIFFICULTIES)
 def test_answers_are_right_by_another_evaluation(num_terms, num_digits):
     for split in SPLITS:
@@ -84,23 +69,6 @@ def test_answers_are_right_by_another_evaluation(num_terms, num_digits):
             assert task_of().grade(problem.completion, problem.answer) == 1.0
 
 
-@pytest.mark.parametrize(
-    ("completion", "grade"),
-    [
-        ("5", 1), (" 5", 1), ("5 ", 1), ("\n5", 1), ("5\n6", 1), (" 5 \n= 7", 1),
-        ("6", 0), ("?5", 0), (" ?5", 0), ("5?", 0), ("", 0), (" ", 0), ("\n", 0), ("05", 0),
-        ("-5", 0), ("+5", 0), ("5.0", 0), ("5 5", 0), ("55", 0), ("5 = 5", 0), ("6\n5", 0),
-    ],
-)  # fmt: skip
-def test_grader(task, completion, grade):
-    assert task.grade(completion, "5") == grade
-
-
-def test_grader_of_negative_answers(task):
-    assert task.grade(" -5", "-5") == 1
-    assert task.grade(" 5", "-5") == 0
-
-
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_too_many_problems(split):
     with pytest.raises(ConfigError, match=rf"num_terms 2 and .* {split} problems, 5000 were asked"):
@@ -113,6 +81,51 @@ def test_shots_come_from_the_pretrain_split(task):
     for with_shots, plain in zip(shown.problems("test", 5), task.problems("test", 5), strict=True):
         assert with_shots.prompt == shots + plain.prompt
         assert with_shots.answer == plain.answer
+
+
+# --- all tasks ---------------------------------------------------------------------------------
+
+
+def test_every_configuration_has_a_task():
+    classes = get_args(get_args(TaskConfig)[0])
+    assert {*TASKS} == {each.model_fields["name"].default for each in classes}
+
+
+def test_importing_tasks_is_cheap():
+    heavy = ("torch", "pandas", "pyarrow", "datasets", "math_verify", "sympy", "reasoning_gym")
+    code = f"import sys, rlsparse.tasks; print([m for m in {heavy} if m in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "[]\n"
+
+
+def test_data_version_is_that_of_the_task_in_the_simple_case(tiny_trial):
+    for name in ("sft", "grpo", "dpo"):
+        assert data_version(tiny_trial(name)) == "1"
+    assert data_version(tiny_trial("dpo", algorithm={"data": "gold", "reward": "random"})) == "1"
+
+
+def test_data_version_follows_files_and_code(tiny_trial, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    code, pairs, rows = (tmp_path / name for name in ("my_own_reward.py", "p.jsonl", "r.csv"))
+    code.write_text("def score(**_): ...\n")
+    pairs.write_text("pairs")
+    rows.write_text("rows")
+    task = {"name": "dataset", "source": str(rows)}
+    algorithm = {"reward": "my_own_reward:score", "data": str(pairs)}
+    parts = {"name": "dpo", **algorithm}
+    config = TrialConfig.model_validate({"task": task, "algorithm": parts})
+    seen = {data_version(config)}
+    for path in (code, pairs, rows):
+        path.write_text(path.read_text() + "\n")
+        seen.add(data_version(config))
+    assert len(seen) == 4
+    del sys.modules["my_own_reward"]
+    for missing in ({"reward": "my_none:score"}, {"data": "none.jsonl"}):
+        with pytest.raises(ConfigError, match="none"):
+            data_version(tiny_trial("dpo", algorithm=missing))
 
 
 # --- decoding --------------------------------------------------------------------------------
@@ -139,6 +152,19 @@ def test_greedy_completion_is_the_argmax(task, model, tokenizer):
         assert got == expected
     assert complete(model, tokenizer, prompts, max_new_tokens=2) == [t[:2] for t in expected]
     assert len(set(expected)) > 3
+
+
+def test_prompts_begin_with_the_bos_that_the_tokenizer_adds(model, tokenizer):
+    """As in TRL's trainers, so that a model is scored on what it was trained on."""
+    adding = copy.deepcopy(tokenizer)
+    adding.bos_token = "?"
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single="? $A", special_tokens=[("?", adding.bos_token_id)]
+    )
+    prompts = ["1 + 2 =", "9 - 4 + 3 =", "5 ="]
+    expected = [naive_greedy(model, tokenizer, f"?{prompt}", 6) for prompt in prompts]
+    assert complete(model, adding, prompts, max_new_tokens=6) == expected
+    assert complete(model, tokenizer, prompts, max_new_tokens=6) != expected
 
 
 def test_sampling_follows_the_seed_of_torch(task, model, tokenizer):

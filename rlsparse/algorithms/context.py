@@ -1,17 +1,18 @@
 """What an algorithm gets to build its trainer from."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 
-from rlsparse.config import TrialConfig
+from rlsparse.algorithms.arguments import algorithm_arguments, training_arguments
+from rlsparse.config import OnlineConfig, TrialConfig
+from rlsparse.errors import TrialError
 from rlsparse.optim import build_optimizer
-from rlsparse.tasks import Problem, Task
-
-# transformers' own "constant" ignores the warmup.
-_SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+from rlsparse.tasks import Problem, Reward, Task
 
 
 @dataclass(frozen=True)
@@ -24,24 +25,20 @@ class TrialContext:
     task: Task
     problems: list[Problem]
     """Problems of the train split."""
+    reward: Reward
+    """What training rewards completions with; evaluation always uses the task's grader."""
     scratch_dir: Path
 
     def trainer_arguments(self) -> dict[str, Any]:
-        """Arguments that all of TRL's configurations share, each set explicitly."""
-        train, micro = self.config.train, self.config.train.batch_size
+        """Arguments that all of TRL's configurations share and those of the algorithm's fields.
+
+        Each is set explicitly, because TRL's defaults would change what is measured: bf16 autocast
+        where nothing is said, recomputed activations, another optimizer, logging every ten steps.
+        """
         return {
+            **training_arguments(self.config.train, data_seed=self.config.data_seed),
+            **algorithm_arguments(self.config.algorithm),
             "output_dir": str(self.scratch_dir),
-            "max_steps": train.num_steps,
-            "per_device_train_batch_size": micro // train.gradient_accumulation_steps,
-            "gradient_accumulation_steps": train.gradient_accumulation_steps,
-            "learning_rate": train.learning_rate,
-            "lr_scheduler_type": _SCHEDULES[train.lr_schedule],
-            "warmup_steps": train.warmup_steps,
-            "max_grad_norm": train.max_grad_norm or 0.0,
-            "weight_decay": train.weight_decay,
-            "seed": self.config.seed,
-            "data_seed": self.config.seed,
-            "bf16": train.precision == "bf16-mixed",
             "fp16": False,
             "tf32": None,
             "use_cpu": not torch.cuda.is_available(),
@@ -54,9 +51,60 @@ class TrialContext:
             "save_strategy": "no",
             "eval_strategy": "no",
             "disable_tqdm": True,
+            "dataloader_drop_last": True,
             "dataloader_num_workers": 0,
             "dataloader_pin_memory": False,
         }
+
+    def rollout_arguments(self) -> dict[str, Any]:
+        """Arguments that TRL's GRPO and RLOO configurations share: plain sampling, no shaping."""
+        algorithm = self.config.algorithm
+        assert isinstance(algorithm, OnlineConfig)
+        accumulation = self.config.train.gradient_accumulation_steps
+        return {
+            **self.trainer_arguments(),
+            "steps_per_generation": algorithm.steps_per_rollout * accumulation,
+            "max_completion_length": self.task.max_completion_tokens,
+            "top_p": 1.0,
+            "top_k": 0,
+            "min_p": None,
+            "repetition_penalty": 1.0,
+            "epsilon_high": None,
+            "mask_truncated_completions": False,
+            "sync_ref_model": False,
+            "disable_dropout": True,
+            "shuffle_dataset": True,
+            "use_vllm": False,
+        }
+
+    def dataset(self, rows: list[dict[str, Any]]) -> Dataset:
+        """Rows as a data set; every optimizer step takes a whole batch of them.
+
+        Raises:
+            TrialError: there are fewer than one batch.
+        """
+        wanted = self.config.train.batch_size
+        if len(rows) < wanted:
+            raise TrialError(
+                f"{self.config.algorithm.name} has {len(rows)} examples, fewer than "
+                f"train.batch_size {wanted}; lower it, or raise task.num_train_problems or "
+                "algorithm.num_samples_per_prompt"
+            )
+        return Dataset.from_list(rows)
+
+    def prompts(self) -> Dataset:
+        """Data set of the train problems for an algorithm that samples from the policy."""
+        return Dataset.from_list([{"prompt": p.prompt, "answer": p.answer} for p in self.problems])
+
+    def trl_reward(self) -> Callable[..., list[float]]:
+        """The reward in the signature that TRL calls."""
+
+        def reward(
+            prompts: list[str], completions: list[str], answer: list[str], **_: Any
+        ) -> list[float]:
+            return self.reward(prompts=prompts, completions=completions, answers=answer)
+
+        return reward
 
     def optimizers(self) -> tuple[torch.optim.Optimizer, None]:
         """Our optimizer; the trainer adds the learning-rate schedule."""

@@ -201,13 +201,13 @@ def cell_rows(trials: Sequence[Row]) -> list[Row]:
 def density_map(study: Study, tables: Tables, trials: Sequence[Row]) -> list[Row]:
     """Bitwise density per algorithm, layer and module, over finished runs at their last snapshot.
 
-    Keys: ``algorithm, layer`` (``None`` outside the layers)``, module, density``; controls are
-    left out.
+    Keys: ``algorithm, layer`` (``None`` outside the layers)``, module, density``; controls and
+    surrogates are left out.
     """
     runs = {
         t["trial_id"]: (t["algorithm"], t["snapshots"][-1]["step"])
         for t in trials
-        if t["role"] != "control" and t["snapshots"]
+        if t["role"] not in ("control", "surrogate") and t["snapshots"]
     }
     if not runs:
         return []
@@ -265,7 +265,7 @@ def overlap_pairs(study: Study, tables: Tables) -> list[Row]:
 
 
 def _relation(a: Row, b: Row) -> str:
-    if "control" in (a["role"], b["role"]):
+    if {"control", "surrogate"} & {a["role"], b["role"]}:
         return "with a control"
     cell = "same cell" if _cell_key(a) == _cell_key(b) else "other cell"
     return f"{cell}, {'same' if a['seed'] == b['seed'] else 'other'} seed"

@@ -1,32 +1,32 @@
 """Tasks: a data set and its grader in one file; the same grader rewards and evaluates.
 
-A new task is one class in ``config.py``, one file here that satisfies ``Task``, and one line in
-``TASKS``.
+A new task is one class in ``task_config.py``, one file here that satisfies ``Task``, and one line
+in ``TASKS``. Importing this package imports neither torch nor any library of data.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any
 
-from rlsparse.config import TaskConfig
+from rlsparse.config import TrialConfig
+from rlsparse.task_config import TaskConfig
+from rlsparse.tasks.basic_arithmetic import BasicArithmetic
 from rlsparse.tasks.chain_sum import ChainSum
-from rlsparse.tasks.problem import Problem, Split
+from rlsparse.tasks.dataset import DatasetTask
+from rlsparse.tasks.problem import Problem, Split, Task
+from rlsparse.tasks.products import Products
+from rlsparse.tasks.prompts import render_prompts
+from rlsparse.tasks.rewards import Reward, load_reward
+from rlsparse.tasks.rows import content_hash
+from rlsparse.tasks.simple_equations import SimpleEquations
+from rlsparse.tasks.user_code import code_hash
 
-
-class Task(Protocol):
-    """What training and evaluation need of a task."""
-
-    version: str
-    """Changes whenever problems, splits or grades change; part of the identity of a trial."""
-    max_completion_tokens: int
-
-    def problems(self, split: Split, count: int | None = None) -> Sequence[Problem]:
-        """The problems of a split, in a fixed order; the first ``count`` of them if given."""
-
-    def grade(self, completion: str, answer: str) -> float:
-        """Grade in [0, 1] of the text that a model wrote after the prompt."""
-
-
-TASKS = {"chain_sum": ChainSum}
+TASKS: dict[str, Callable[[Any], Task]] = {
+    "chain_sum": ChainSum,
+    "products": Products,
+    "basic_arithmetic": BasicArithmetic,
+    "simple_equations": SimpleEquations,
+    "dataset": DatasetTask,
+}
 
 
 def load_task(config: TaskConfig) -> Task:
@@ -34,9 +34,33 @@ def load_task(config: TaskConfig) -> Task:
     return TASKS[config.name](config)
 
 
-def task_version(config: TaskConfig) -> str:
-    """Version of the task that a configuration names, without loading its data."""
-    return TASKS[config.name].version
+def data_version(config: TrialConfig) -> str:
+    """What decides a trial's data and rewards beside its configuration; part of its identity.
+
+    The task's version, followed by hashes of the code of a user's reward and of a user's
+    demonstrations or preferences, where the algorithm has them.
+
+    Raises:
+        ConfigError: a user's file, data set or function is not there.
+    """
+    reward = getattr(config.algorithm, "reward", "task")
+    data = getattr(config.algorithm, "data", "gold")
+    parts = [load_task(config.task).version]
+    if ":" in reward:
+        parts.append(f"reward {code_hash(reward)}")
+    if data not in ("gold", "sampled"):
+        parts.append(f"data {content_hash(data)}")
+    return ", ".join(parts)
 
 
-__all__ = ["TASKS", "Problem", "Split", "Task", "load_task", "task_version"]
+__all__ = [
+    "TASKS",
+    "Problem",
+    "Reward",
+    "Split",
+    "Task",
+    "data_version",
+    "load_reward",
+    "load_task",
+    "render_prompts",
+]

@@ -2,14 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from rlsparse.tasks.problem import Problem
-
-if TYPE_CHECKING:
-    from rlsparse.tasks import Task
+from rlsparse.tasks.problem import Problem, Task
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,8 @@ def complete(
 ) -> list[str]:
     """Completions of ``prompts``, without the prompts and special tokens.
 
+    Prompts are tokenised as TRL's trainers do, with what the tokenizer adds by itself (BOS).
+
     Args:
         model: a transformers causal LM; its train/eval mode is restored.
         tokenizer: its tokenizer; prompts are padded on the left.
@@ -58,7 +57,6 @@ def complete(
             return_tensors="pt",
             padding=True,
             padding_side="left",
-            add_special_tokens=False,
         ).to(next(model.parameters()).device)
         output = model.generate(
             input_ids=batch["input_ids"],
@@ -73,7 +71,7 @@ def complete(
     return texts
 
 
-def evaluate(model: Any, tokenizer: Any, task: "Task", problems: Sequence[Problem]) -> Score:
+def evaluate(model: Any, tokenizer: Any, task: Task, problems: Sequence[Problem]) -> Score:
     """Greedy score of ``model`` on ``problems``."""
     texts = complete(
         model,

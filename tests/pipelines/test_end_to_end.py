@@ -13,6 +13,7 @@ from command import Command, StudyRun
 from rlsparse import tables
 from rlsparse.definitions import DEFINITIONS
 from rlsparse.models import TINY
+from rlsparse.train import train_trial
 
 PATCH = "weights.patch.safetensors"
 CHANGED = [f"num_changed_{definition}" for definition in DEFINITIONS]
@@ -45,6 +46,24 @@ def test_the_command_says_what_it_did(study_run: StudyRun) -> None:
     assert places["MLflow"].endswith("mlflow.db")
     assert study_run.command.ray_has_run
     assert study_run.command.processes() == []
+
+
+def test_a_trial_alone_gives_the_bits_of_the_sweep(study_run: StudyRun, tmp_path: Path) -> None:
+    """In this process, without Ray, in another order than in the sweep's reused workers."""
+    trials = {t.config.algorithm.name: t for t in study_run.plan.trials if t.role != "control"}
+    assert set(trials) == {"grpo", "dpo", "sft"}
+    for name, trial in sorted(trials.items()):
+        base = study_run.plan.base(trial)
+        train_trial(
+            trial.config,
+            trial_id=trial.trial_id,
+            base_dir=base.path,
+            base_fingerprint=base.fingerprint,
+            out_dir=tmp_path / name,
+        )
+        kept = study_run.folder / "trials" / trial.trial_id
+        for file in (f"snapshots/step-000002/{PATCH}", "steps.parquet", tables.EVER_CHANGED):
+            assert (tmp_path / name / file).read_bytes() == (kept / file).read_bytes()
 
 
 def test_no_temporary_file_is_left(study_run: StudyRun) -> None:

@@ -1,13 +1,17 @@
 """The distributed overlap gives the table of the serial one."""
 
+from pathlib import Path
+from typing import Any
+
 import pyarrow as pa
+import pytest
 from command import StudyRun
 
 from pipelines import overlap
-from pipelines.plan import make_plan
+from pipelines.plan import Plan, make_plan
 from rlsparse import tables
 from rlsparse.overlap import overlaps
-from rlsparse.study import AboveNullClaim, At
+from rlsparse.study import AboveNullClaim, At, Study
 
 
 def read(run: StudyRun, name: str) -> pa.Table:
@@ -34,3 +38,33 @@ def test_runs_are_last_snapshots_and_those_that_claims_name(study_run: StudyRun)
     assert overlap.runs_of(make_plan(study, str(study_run.storage)), trials[:1]) == [
         (one, step, view) for step in (1, 2) for view in ("stored", "fp16")
     ]
+
+
+def test_masks_of_different_bases_are_not_compared(
+    wide_base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {
+        "name": "bases",
+        "question": "?",
+        "baseline": {"algorithm": {"name": "sft"}},
+        "factors": {
+            "model.source": ["tiny", str(wide_base.path)],
+            "task.name": ["chain_sum", "products"],
+        },
+        "seeds": [0],
+    }
+    plan = make_plan(Study.model_validate(fields), str(tmp_path))
+    monkeypatch.setattr(Plan, "finished", lambda self: list(self.trials))
+    compared: dict[str, list[tuple[str, str]]] = {}
+
+    def count(plan: Plan, base: str, trials: list[Any]) -> pa.Table:
+        compared[base] = [(t.config.model.source, t.config.task.name) for t in trials]
+        return tables.SCHEMAS["overlaps"].empty_table()
+
+    monkeypatch.setattr(overlap, "_run_base", count)
+    assert overlap.run(plan).num_rows == 0
+    assert sorted(compared.values()) == sorted(
+        [(source, task) for task in ("chain_sum", "products")]
+        for source in ("tiny", str(wide_base.path))
+    )
+    assert wide_base.fingerprint in compared

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from command import StudyRun
 
-from pipelines.plan import load_base, make_plan, patch_bytes
+from pipelines.plan import cpu_seconds, load_base, make_plan, patch_bytes
 from rlsparse import tables
-from rlsparse.config import ModelConfig
+from rlsparse.config import ModelConfig, TrialConfig
 from rlsparse.errors import CheckpointError, ConfigError
 from rlsparse.models import TINY
+from rlsparse.study import Study
 
 
 def test_a_plan_lies_in_the_folder_of_its_name(study_run: StudyRun) -> None:
@@ -48,3 +49,57 @@ def test_patches_are_no_larger_than_said(study_run: StudyRun) -> None:
     for trial, row in zip(study_run.plan.trials, trials, strict=True):
         most = patch_bytes(trial.config, study_run.plan.base(trial).num_weights)
         assert 0 < row["patch_bytes"] <= most
+
+
+def make_study(**baseline: object) -> Study:
+    return Study.model_validate({"name": "s", "question": "?", "baseline": baseline, "seeds": [0]})
+
+
+def test_data_are_of_the_identity_of_a_trial(tmp_path: Path) -> None:
+    data = tmp_path / "own.csv"
+
+    def name_of(content: str) -> str:
+        data.write_text("prompt,answer\n" + content)
+        study = make_study(algorithm={"name": "sft"}, task={"name": "dataset", "source": str(data)})
+        (trial,) = make_plan(study, str(tmp_path)).trials
+        assert trial.data_version
+        return trial.trial_id
+
+    first, other = name_of("1 + 1,2\n"), name_of("1 + 1,3\n")
+    assert first != other
+    assert name_of("1 + 1,2\n") == first
+
+
+@pytest.mark.parametrize(
+    ("baseline", "said"),
+    [
+        ({"algorithm": {"name": "sft"}, "task": {"name": "dataset", "source": "no/such.csv"}},
+         r"no/such\.csv"),
+        ({"algorithm": {"name": "dpo", "data": "no/pairs.jsonl"}}, r"no/pairs\.jsonl"),
+        ({"algorithm": {"name": "grpo", "reward": "no_such_module:reward"}}, "no_such_module"),
+    ],
+)  # fmt: skip
+def test_data_that_are_not_there_are_told_before_any_trial(
+    baseline: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=said) as raised:
+        make_plan(make_study(**baseline), str(tmp_path / "runs"))
+    assert len(str(raised.value).splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def seconds(name: str, task: dict[str, object] | None = None, **algorithm: object) -> float:
+    config = {"algorithm": {"name": name, **algorithm}, "task": task or {}}
+    return cpu_seconds(TrialConfig.model_validate(config), 1_000_000)
+
+
+def test_cost_is_estimated_for_every_algorithm_and_task() -> None:
+    names = ("rft", "rloo", "grpo", "ppo", "prime", "orpo", "simpo", "kto", "dpo")
+    assert all(seconds(name) > seconds("sft") > 0 for name in names)
+    sampled = 2.0 * 768 * 8 * (12 + 6) * 1e6 / 2e10
+    assert seconds("kto") - seconds("kto", data="gold") == pytest.approx(sampled, rel=1e-9)
+    assert seconds("rft") - seconds("sft") == pytest.approx(sampled, rel=1e-9)
+    longer = {"name": "simple_equations", "num_shots": 1}
+    assert seconds("sft", longer) == pytest.approx(seconds("sft") * (48 + 16) / 18, rel=1e-9)
+    data = {"name": "dataset", "source": "a.csv", "max_completion_tokens": 128}
+    assert seconds("grpo", data) == pytest.approx(seconds("grpo") * 256 / 18, rel=1e-9)

@@ -44,6 +44,7 @@ def spec(plan: Plan, number: int, **changes: Any) -> dict[str, Any]:
         "config": trial.config.model_dump(mode="json"),
         "storage": plan.storage.url,
         "base_fingerprint": plan.base(trial).fingerprint,
+        "data_version": trial.data_version,
         "num_threads": 1,
     } | changes
 
@@ -95,6 +96,53 @@ def test_another_base_than_planned_fails(study: Study, tmp_path: Path) -> None:
     assert entry.status == "failed"
     assert entry.error is not None
     assert "the study was planned with ffffffffffff" in entry.error
+
+
+def failure_of(plan: Plan, number: int = 0, **changes: Any) -> str:
+    """Run a trial that fails, and what the ledger says of it."""
+    run_trial(spec(plan, number, **changes))
+    entry = plan.ledger.get(plan.trials[number].trial_id)
+    assert entry.status == "failed"
+    assert scratch_folders() == []
+    return str(entry.error)
+
+
+def test_other_data_than_planned_fail(tmp_path: Path) -> None:
+    data = tmp_path / "own.csv"
+    data.write_text("prompt,answer\n1 + 1,2\n")
+    task = {"name": "dataset", "source": str(data)}
+    plan = make_plan(make_study(task=task), str(tmp_path))
+    planned = plan.trials[0].data_version
+    data.write_text("prompt,answer\n1 + 1,3\n")
+    found = make_plan(plan.study, str(tmp_path)).trials[0].data_version
+    said = failure_of(plan)
+    assert said == (
+        f"ConfigError: data of task dataset and algorithm sft have version {found} on this "
+        f"machine, the study was planned with {planned}; put the same files on every node"
+    )
+    data.unlink()
+    assert "own.csv" in failure_of(plan)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "said"),
+    [
+        ({"task": {"num_train_problems": 100_000}}, "100000 were asked for"),
+        ({"train": {"num_steps": 1, "trainable_layers": [9]}}, "this model has layers 0 to 3"),
+    ],
+)
+def test_what_a_trial_cannot_have_fails_with_its_reason(
+    baseline: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    text = failure_of(make_plan(make_study(**baseline), str(tmp_path)))
+    assert text.startswith("ConfigError: ")
+    assert said in text
+    assert len(text.splitlines()) == 1
+
+
+def make_study(**baseline: Any) -> Study:
+    fields = {"name": "s", "question": "?", "seeds": [0]}
+    return Study.model_validate(fields | {"baseline": {"algorithm": {"name": "sft"}, **baseline}})
 
 
 def test_a_storage_that_breaks_is_not_the_fault_of_the_trial(

@@ -1,0 +1,52 @@
+"""The name of a trial: a hash of everything that determines its bits."""
+
+import hashlib
+import json
+from typing import Any
+
+from rlsparse.config import TrialConfig
+
+
+def canonical_json(value: Any) -> str:
+    """The one JSON text of ``value``: sorted keys, no spaces, floats by ``repr``, no NaN."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+
+
+def trial_id(
+    config: TrialConfig,
+    *,
+    replicate: int,
+    num_threads: int,
+    num_workers: int,
+    base_fingerprint: str,
+    data_version: str,
+) -> str:
+    """Name of a trial: the first 12 hex digits of the sha256 of all that determines its bits.
+
+    Args:
+        config: the resolved configuration; where the base and a user's data lie is replaced by
+            what they contain.
+        replicate: 0, or k for the k-th rerun of the same trial under the same seed.
+        num_threads: CPU threads of the trial, fixed for a study.
+        num_workers: processes that train the trial together.
+        base_fingerprint: content hash of the base model.
+        data_version: version of what it learns from: the task's problems and grader, its reward,
+            its data.
+    """
+    resolved = config.model_dump(
+        mode="json",
+        exclude={"keep_checkpoints": True, "model": True, "task": {"source", "test_source"}},
+    )
+    if resolved["algorithm"].get("data", "gold") not in ("gold", "sampled"):
+        resolved["algorithm"]["data"] = "own"
+    identity = {
+        "config": resolved,
+        "replicate": replicate,
+        "num_threads": num_threads,
+        "num_workers": num_workers,
+        "base": base_fingerprint,
+        "data_version": data_version,
+    }
+    return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:12]
