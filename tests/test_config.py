@@ -53,6 +53,12 @@ def test_configuration_is_frozen_and_strict():
          r"\[4\] lie beyond train.num_steps 3"),
         ({"algorithm": {"name": "trpo"}}, "'grpo', 'rloo', 'ppo', 'prime'"),
         ({"algorithm": {"name": "ppo"}, "train": {"batch_size": 12}}, "= 12 must be a multiple of"),
+        ({"algorithm": {"name": "ppo"}, "task": {"num_train_problems": 63}},
+         r"rollout takes 64 prompts .*num_train_problems is 63; raise it"),
+        ({"algorithm": {"name": "dpo", "data": "gold", "reward": "random"}},
+         "reward random would do nothing with data gold"),
+        ({"algorithm": {"name": "kto"}, "train": {"batch_size": 3,
+          "gradient_accumulation_steps": 3}}, "is 1 and must be at least 2"),
     ],
 )  # fmt: skip
 def test_parts_must_fit(config, message):

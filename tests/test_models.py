@@ -1,5 +1,6 @@
 """The base that ships is small and ordinary; loading rounds it to the format of the regime."""
 
+import json
 import shutil
 
 import numpy as np
@@ -110,6 +111,17 @@ def test_a_bf16_base_is_loaded_exactly():
     for precision in STORED_DTYPE:
         for name, weight in load_model(TINY, precision).named_parameters():
             assert torch.equal(weight.detach().to(torch.bfloat16), stored[name])
+
+
+def test_the_bases_own_settings_of_generation_do_not_shape_samples(tmp_path):
+    """Hub models come with a temperature or a repetition penalty."""
+    shutil.copytree(TINY, tmp_path / "base")
+    settings = {"temperature": 0.1, "top_k": 1, "repetition_penalty": 5.0, "do_sample": True}
+    ends = {"eos_token_id": [1, 7], "pad_token_id": 0}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({**settings, **ends}))
+    kept = load_model(tmp_path / "base", "fp32").generation_config.to_diff_dict()
+    assert {key: kept[key] for key in ends} == ends
+    assert not set(settings) & set(kept)
 
 
 def test_resolve(tmp_path, monkeypatch):

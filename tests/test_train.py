@@ -221,6 +221,19 @@ def test_divergence_ends_the_trial(run_trial, tiny_trial, base, name):
         run_trial(config, base)
 
 
+def test_completions_too_short_for_any_solution(run_trial, tiny_trial, base):
+    config = tiny_trial("sft", task={"max_completion_tokens": 2})
+    with pytest.raises(TrialError, match=r"is 2, but the shortest train .* takes 3 tokens"):
+        run_trial(config, base)
+    run_trial(tiny_trial("sft", num_steps=1, task={"max_completion_tokens": 3}), base)
+
+
+def test_only_a_kl_to_the_base_is_called_kl(trained, tiny_trial, base):
+    """KTO logs the log-ratio of mismatched completions under this name."""
+    rows = tables.read(trained(tiny_trial("kto"), base).folder / "steps.parquet", "steps")
+    assert rows["kl"].null_count == rows.num_rows == 3
+
+
 # --- the files -------------------------------------------------------------------------------
 
 
