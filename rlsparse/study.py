@@ -32,8 +32,7 @@ Control = Literal["lr_zero", "same_seed", "lr_times_3", "shuffled_reward", "rand
 Role = Literal["baseline", "factor", "control", "surrogate"]
 View = Literal["stored", "fp32", "bf16", "fp16", "fp8_e4m3"]
 
-# Controls that train on a reward without information.
-SURROGATES = {"shuffled_reward": "shuffled", "random_reward": "random"}
+SURROGATES = {"shuffled_reward": "shuffled", "random_reward": "random"}  # control -> its reward
 
 MIN_SEEDS = 4  # fewer leave every verdict but ``exact`` undecided
 
@@ -230,7 +229,8 @@ class Trial:
             for path, label in self.cell.items()
             if canonical_path(path) != "algorithm.name"
         ]
-        name = self.cell.get("algorithm", self.config.algorithm.name)
+        own = self.config.algorithm.name
+        name = own + self.cell.get("algorithm", own).removeprefix(own)
         return " ".join([name, f"s{self.config.seed}", *special, *filter(None, [self.control])])
 
 

@@ -98,6 +98,9 @@ def test_mapping_levels_change_only_what_they_list(tmp_path):
     }  # fmt: skip
     assert {t.config.train.learning_rate for t in trials} == {1e-5}
     assert trials[0].cell["algorithm"] == "grpo(kl_coef=0.04)"
+    assert [t.label.split(" train")[0] for t in trials[::2]] == [
+        "grpo(kl_coef=0.04) s0", "dpo(beta=0.3) s0", "grpo(kl_coef=0.1) s0",
+    ]  # fmt: skip
 
 
 def test_another_algorithm_has_its_own_defaults(tmp_path):

@@ -228,6 +228,13 @@ def test_completions_too_short_for_any_solution(run_trial, tiny_trial, base):
     run_trial(tiny_trial("sft", num_steps=1, task={"max_completion_tokens": 3}), base)
 
 
+@pytest.mark.parametrize("name", ["sft", "rft", "dpo"])
+def test_the_loss_of_supervised_training_is_the_nll_of_its_data(trained, tiny_trial, base, name):
+    rows = tables.read(trained(tiny_trial(name), base).folder / "steps.parquet", "steps")
+    losses = rows["loss"].to_pylist()
+    assert rows["data_nll"].to_pylist() == (losses if name != "dpo" else [None] * 3)
+
+
 def test_only_a_kl_to_the_base_is_called_kl(trained, tiny_trial, base):
     """KTO logs the log-ratio of mismatched completions under this name."""
     rows = tables.read(trained(tiny_trial("kto"), base).folder / "steps.parquet", "steps")
