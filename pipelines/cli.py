@@ -207,10 +207,8 @@ def _one_line(standard: Callable[..., None]) -> Callable[..., None]:
 
 
 def _plan_of(place: str, storage: str, overrides: list[str] | None = None) -> "Plan":
-    """The plan of a study file, or of the folder of a study that has run."""
-    from pydantic import ValidationError
-
-    from pipelines.plan import make_plan
+    """The plan of a study file, or of the folder of a study that has run, with its own inputs."""
+    from pipelines.plan import Inputs, make_plan
     from pipelines.storage import Storage
     from rlsparse.study import Study
     from rlsparse.study_file import load_study
@@ -224,12 +222,14 @@ def _plan_of(place: str, storage: str, overrides: list[str] | None = None) -> "P
             "`rlsparse run` made"
         )
     try:
-        study: Study = Study.model_validate(folder.read_json("study.json")["study"])
-    except (ValidationError, KeyError, TypeError) as error:
+        content = folder.read_json("study.json")
+        study: Study = Study.model_validate(content["study"])
+        inputs = Inputs.from_record(content.get("inputs") or {})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # pydantic's is a ValueError
         raise ConfigError(
             f"{place}/study.json is damaged or of another release; run the study file again"
         ) from error
-    return make_plan(study, folder.url.rstrip("/").rpartition("/")[0])
+    return make_plan(study, folder.url.rstrip("/").rpartition("/")[0], inputs=inputs)
 
 
 def _write(path: Path, text: str) -> None:

@@ -79,7 +79,7 @@ def _try_measure(item: Item) -> Item:
 def measure(item: Item) -> None:
     """The tables of one trial, or of one base."""
     storage = Storage(item["storage"])
-    base = load_base(ModelConfig(source=item["source"]), expect=item["base"])
+    base = load_base(ModelConfig(source=item["source"]), weights=item["base"])
     checkpoint = Checkpoint.open(base.path)
     if item["trial_id"] is None:
         rows = base_rows(checkpoint, base_fingerprint=base.fingerprint)

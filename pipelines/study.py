@@ -234,6 +234,7 @@ def _write_study(plan: Plan) -> None:
             "registered": frozen,
             "registered_sha256": hashlib.sha256(canonical_json(frozen).encode()).hexdigest(),
             "trials": {trial.trial_id: trial.label for trial in plan.trials},
+            "inputs": plan.inputs.record(plan.trials),
             "versions": _versions(),
         },
     )

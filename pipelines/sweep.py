@@ -96,7 +96,7 @@ def run_trial(spec: dict[str, Any], report: Any = lambda metrics: None) -> None:
     folder = _scratch(name, os.getpid())
     try:
         try:
-            base = load_base(config.model, expect=spec["base_fingerprint"])
+            base = load_base(config.model, expect=spec["base_identity"])
             _check_data(config, expect=spec["data_version"])
             train_trial(
                 config,
@@ -143,7 +143,7 @@ def _spec(plan: Plan, trial: Trial) -> dict[str, Any]:
         "trial_id": trial.trial_id,
         "config": trial.config.model_dump(mode="json"),
         "storage": plan.storage.url,
-        "base_fingerprint": plan.base(trial).fingerprint,
+        "base_identity": plan.base(trial).identity,
         "data_version": trial.data_version,
         "num_threads": plan.study.resources.num_threads,
     }

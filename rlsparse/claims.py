@@ -33,7 +33,6 @@ from rlsparse.evidence import (
     Observations,
     Response,
     evidence,
-    misfit,
     observe,
     selectors,
 )
@@ -132,6 +131,34 @@ def _scope(study: Study, selected: pd.DataFrame, view: str) -> str:
     return "; ".join([*parts, f"view {view}", *caveat])
 
 
+def _misfit(claim: Claim, response: Response) -> str:
+    """Why a kind of claim cannot be about a response, or ""."""
+    kinds: tuple[str, ...] = ("sparsity", "score_after", "score_gain")
+    if isinstance(claim, ExactClaim):
+        kinds = (*kinds, IDENTICAL)
+    elif isinstance(claim, EquivalentClaim):
+        kinds = ("sparsity",)
+    elif isinstance(claim, AboveNullClaim):
+        kinds = ("overlap",)
+    known = {"sparsity": DEFINITIONS, "overlap": ("bitwise",)}.get(response.kind, (None,))
+    if response.kind not in kinds or response.definition not in known:
+        return (
+            f"a claim of kind {claim.kind} cannot be about {claim.response}: it takes "
+            f"{', '.join(kinds)}; sparsity under {', '.join(DEFINITIONS)}, overlap under "
+            "bitwise"
+        )
+    score = claim.at.score if claim.at else None
+    if score is not None and (response.kind != "sparsity" or isinstance(claim, ExactClaim)):
+        return f"at.score interpolates density, which {claim.kind} {response.kind} cannot use"
+    if score == "common" and isinstance(claim, WithinClaim):
+        return "at.score common is of pairs of runs; a claim of kind within needs a number"
+    if isinstance(claim, GreaterClaim) and response.kind != "score_gain":
+        margin = claim.margin
+        if margin is not None and margin <= 0:
+            return f"margin {margin:g} of {response.name} is an odds ratio, must be above 0"
+    return ""
+
+
 # --- exact -------------------------------------------------------------------------------------
 
 
@@ -149,7 +176,7 @@ def _judge_exact(seen: Observations, claim: ExactClaim) -> dict[str, object]:
     differs = [
         str(d) for d, row in values.items() if any(v not in (claim.value, None) for v in row)
     ]
-    verdict, note = UNDECIDED, misfit(claim, response)
+    verdict, note = UNDECIDED, _misfit(claim, response)
     if note:
         pass
     elif selected.empty:
@@ -234,7 +261,7 @@ def _margin(claim: Claim, response: Response) -> float:
 def _by_definition(seen: Observations, claim: Claim) -> dict[str | None, Evidence]:
     """Evidence under the claim's own definition, first, and for sparsity under all others."""
     response = seen.parse(claim)
-    reason = misfit(claim, response)
+    reason = _misfit(claim, response)
     if reason:
         return {response.definition: Evidence([], reason)}
     others = DEFINITIONS if response.kind == "sparsity" else ()
@@ -290,7 +317,7 @@ def _judge_tested(
         "num_runs": min((values.size for values in own.contrasts), default=0),
         "note": own.reason,
     }
-    if misfit(claim, response):
+    if _misfit(claim, response):
         return row
     region = _region(claim, response)
     level = 1 - alpha * (2 if isinstance(claim, EquivalentClaim) else 1)

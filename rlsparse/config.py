@@ -87,7 +87,8 @@ class PpoConfig(OnlineConfig):
     """Proximal policy optimisation (1707.06347) with a critic, as in InstructGPT (2203.02155, C.4).
 
     The critic starts from the base with a scalar head seeded by ``init_seed`` (null: the trial's
-    seed), and has its own learning rate.
+    seed), and has its own learning rate. In the first rollout the policy still is the reference, so
+    that ``kl_coef`` acts from the second on: after ``steps_per_rollout * num_iterations`` steps.
     """
 
     FLOP_PER_WEIGHT_TOKEN: ClassVar[float] = 18.0
@@ -98,7 +99,7 @@ class PpoConfig(OnlineConfig):
     discount: float = Field(1.0, gt=0, le=1)
     gae_lambda: float = Field(0.95, ge=0, le=1)
     value_clip_range: float | None = Field(0.2, gt=0)
-    value_learning_rate: float = Field(1e-5, ge=0)
+    value_learning_rate: float = Field(1e-5, ge=0, lt=1e30)
     init_seed: int | None = Field(None, ge=0, lt=2**31)
 
 
@@ -114,7 +115,7 @@ class PrimeConfig(OnlineConfig):
     name: Literal["prime"] = "prime"
     discount: float = Field(1.0, gt=0, le=1)
     reward_beta: float = Field(0.05, gt=0)
-    reward_learning_rate: float = Field(1e-6, ge=0)
+    reward_learning_rate: float = Field(1e-6, ge=0, lt=1e30)
     min_accuracy: float = Field(0.2, ge=0, le=1)
     max_accuracy: float = Field(0.8, ge=0, le=1)
 
@@ -236,7 +237,7 @@ class TrainConfig(Config):
 
     num_steps: int = Field(150, ge=1)
     batch_size: int = Field(64, ge=1)
-    learning_rate: float = Field(1e-5, ge=0)
+    learning_rate: float = Field(1e-5, ge=0, lt=1e30)
     precision: Precision = "bf16-mixed"
     max_grad_norm: float | None = Field(1.0, gt=0)
     optimizer: Literal["adamw", "sgd", "sgd-momentum"] = "adamw"

@@ -3,19 +3,17 @@
 A new kind of claim gets its branch in ``evidence`` here, and its region in ``claims``.
 """
 
-import itertools
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
 from rlsparse import effects, selection
-from rlsparse.definitions import DEFINITIONS
 from rlsparse.identity import canonical_json
 from rlsparse.levels import Scalar, level_label, tags_of
 from rlsparse.selection import Pair
@@ -26,17 +24,17 @@ from rlsparse.study import (
     At,
     Claim,
     EquivalentClaim,
-    ExactClaim,
     GreaterClaim,
     Study,
-    WithinClaim,
     reference_level,
 )
 
 NULLS = ("uniform", "tensor", "magnitude")
 MAX_OVERLAP_DENSITY = 0.5
 SENSITIVITY_LEVEL = 0.9
+NUM_NAMED = 3
 IDENTICAL = "identical_replicates"
+KL_COEF = "algorithm.kl_coef"
 
 
 class Response(NamedTuple):
@@ -78,6 +76,7 @@ class Observations:
     responses: dict[str, pd.DataFrame]  # by trial; "" has no rows
     overlaps: dict[tuple[object, ...], pd.Series]  # by definition, view and the two runs
     identical: Mapping[str, bool]
+    first_change: dict[str, float]  # by trial, step of the first snapshot with a changed weight
     cache: dict[tuple[str, str], pd.DataFrame] = field(default_factory=dict)
 
     def of(self, trial: str) -> pd.DataFrame:
@@ -120,6 +119,8 @@ def observe(
 ) -> Observations:
     """Index the tables of a study; the arguments are those of ``claims.judge``."""
     frame = effects.responses(trials, steps, tensor_deltas, study.default_view)
+    bitwise = frame[frame["response"].str.startswith("sparsity.bitwise@")]
+    changed = bitwise["step"].where(bitwise["numerator"] > 0, np.inf)
     pairs = overlaps.to_pandas()
     pairs = pairs[pairs["tensor"].isna() & pairs["module"].isna()]
     names = ["definition", "view", "trial_a", "step_a", "trial_b", "step_b"]
@@ -130,6 +131,7 @@ def observe(
         {"": frame.iloc[:0], **{str(name): rows for name, rows in frame.groupby("trial_id")}},
         dict(zip(keys, (row for _, row in pairs.iterrows()), strict=True)),
         identical,
+        {str(name): float(step.min()) for name, step in changed.groupby(bitwise["trial_id"])},
     )
 
 
@@ -142,41 +144,13 @@ def selectors(claim: Claim) -> list[dict[str, Scalar]]:
     return [claim.where]
 
 
-def misfit(claim: Claim, response: Response) -> str:
-    """Why a kind of claim cannot be about a response, or ""."""
-    kinds: tuple[str, ...] = ("sparsity", "score_after", "score_gain")
-    if isinstance(claim, ExactClaim):
-        kinds = (*kinds, IDENTICAL)
-    elif isinstance(claim, EquivalentClaim):
-        kinds = ("sparsity",)
-    elif isinstance(claim, AboveNullClaim):
-        kinds = ("overlap",)
-    known = {"sparsity": DEFINITIONS, "overlap": ("bitwise",)}.get(response.kind, (None,))
-    if response.kind not in kinds or response.definition not in known:
-        return (
-            f"a claim of kind {claim.kind} cannot be about {claim.response}: it takes "
-            f"{', '.join(kinds)}; sparsity under {', '.join(DEFINITIONS)}, overlap under "
-            "bitwise"
-        )
-    score = claim.at.score if claim.at else None
-    if score is not None and (response.kind != "sparsity" or isinstance(claim, ExactClaim)):
-        return f"at.score interpolates density, which {claim.kind} {response.kind} cannot use"
-    if score == "common" and isinstance(claim, WithinClaim):
-        return "at.score common is of pairs of runs; a claim of kind within needs a number"
-    if isinstance(claim, GreaterClaim) and response.kind != "score_gain":
-        margin = claim.margin
-        if margin is not None and margin <= 0:
-            return f"margin {margin:g} of {response.name} is an odds ratio, must be above 0"
-    return ""
-
-
 def evidence(seen: Observations, claim: Claim, response: Response) -> Evidence:
     """What the runs say on a claim (other than ``exact``) under one definition.
 
     Args:
         seen: the study's tables.
         claim: the claim.
-        response: what ``misfit`` has passed.
+        response: one that fits the claim.
 
     Returns:
         Contrasts on the scale of the claim's test: log odds of fractions, log ratios of densities,
@@ -217,7 +191,28 @@ def _contrast(
     """One contrast: by seed, ``value`` of what ``_read`` gives for the two runs of a pair."""
     read = [_read_pair(seen, at, response, pair) for pair in pairs]
     values = selection.by_seed(pairs, [value(a, b) for a, b, _ in read])
-    return Evidence([values], *_completeness(values, [why for _, _, why in read]))
+    reason, remark = _completeness(values, [why for _, _, why in read])
+    unmoved = _unmoved(seen, at, pairs) if response.kind == "sparsity" else ""
+    return Evidence([values], "; ".join(filter(None, [unmoved, reason])), remark)
+
+
+def _unmoved(seen: Observations, at: At | None, pairs: Sequence[Pair]) -> str:
+    """Which runs trained without changing any weight in any view, or "".
+
+    They are no evidence: what learned nothing, as GRPO without any reward, is not sparse.
+    """
+    end = at.step if at and at.step else np.finfo(np.float64).max
+    trials = sorted({trial for pair in pairs for trial in pair[:2]})
+    runs = seen.runs.set_index("trial_id").loc[trials]
+    rates = [config["train"]["learning_rate"] for config in runs["config"]]
+    still = [
+        t for t, r in zip(trials, rates, strict=True) if r and seen.first_change.get(t, 0) > end
+    ]
+    if not still:
+        return ""
+    names = ", ".join(still[:NUM_NAMED]) + (", ..." if len(still) > NUM_NAMED else "")
+    count = f"{len(still)} of the {len(trials)} runs changed no weight at all"
+    return f"{count} (no signal, or all rounded away): {names}"
 
 
 def _joined(parts: Mapping[str, Evidence]) -> Evidence:
@@ -294,25 +289,46 @@ def _equivalent(
             groups.setdefault(name, {})[f"{factor} = {level}{where}"] = group
     each = {label: group for group_of in groups.values() for label, group in group_of.items()}
     found = _joined({k: _contrast(seen, claim.at, response, pairs) for k, pairs in each.items()})
-    inert = {_inert(seen, factor, group_of) for group_of in groups.values()}
+    inert = {_inert(seen, claim, response, group_of) for group_of in groups.values()}
     reasons = [found.reason, *sorted(inert), _insensitive(seen, claim, response)]
-    return found._replace(reason="; ".join(filter(None, reasons)))
+    remarks = [found.remark, _unmeasured(seen, factor, each)]
+    return Evidence(found.contrasts, *("; ".join(filter(None, x)) for x in (reasons, remarks)))
 
 
-def _inert(seen: Observations, factor: str, pairs: Mapping[str, Sequence[Pair]]) -> str:
+def _inert(
+    seen: Observations,
+    claim: EquivalentClaim,
+    response: Response,
+    pairs: Mapping[str, Sequence[Pair]],
+) -> str:
     """Why the factor cannot be said to have acted, or ""."""
-    if factor == "train.max_grad_norm":
-        trials = {trial for group in pairs.values() for pair in group for trial in pair[:2]}
+    every = [pair for group in pairs.values() for pair in group]
+    read = [_read_pair(seen, claim.at, response, pair) for pair in every]
+    read = [one for one in read if not one[2]]
+    if read and all(a == b for a, b, _ in read):
+        return (
+            f"the factor did not act: runs at all its levels have exactly the same {response.name}"
+        )
+    if claim.factor == "train.max_grad_norm":
+        trials = {trial for pair in every for trial in pair[:2]}
         if not any(seen.column(trial, "num_clipped_steps") > 0 for trial in trials):
             return "the factor did not act: no step of any run was clipped"
-    if factor == "algorithm.kl_coef":
+    if claim.factor == KL_COEF and not _unmeasured(seen, KL_COEF, pairs):
         for group in pairs.values():
             kl = [seen.column(p.a, "kl_final") - seen.column(p.b, "kl_final") for p in group]
-            signs = set(np.sign(selection.by_seed(group, kl)))
-            if signs in ({1.0}, {-1.0}):
+            if set(np.sign(selection.by_seed(group, kl))) in ({1.0}, {-1.0}):
                 return ""
         return "the factor did not act: no level moves the realised KL one way at every seed"
     return ""
+
+
+def _unmeasured(seen: Observations, factor: str, pairs: Mapping[str, Sequence[Pair]]) -> str:
+    """In how many runs the KL is missing that would show that the factor acted, or ""."""
+    if factor != KL_COEF:
+        return ""
+    trials = {trial for group in pairs.values() for pair in group for trial in pair[:2]}
+    missing = sum(np.isnan(seen.column(trial, "kl_final")) for trial in trials)
+    return f"the realised KL was not measured in {missing} of {len(trials)} runs" if missing else ""
 
 
 def _insensitive(seen: Observations, claim: EquivalentClaim, response: Response) -> str:
@@ -347,7 +363,7 @@ def _above_null(
     .5, so that masks without common weights stay finite.
     """
     runs = runs[runs["status"] == "finished"]
-    pairs = _run_pairs(runs, claim.between)
+    pairs = selection.run_pairs(runs, claim.between)
     if not pairs:
         return Evidence([], f"no two finished runs differ in {claim.between} alone")
     if claim.between.startswith("model"):
@@ -380,21 +396,3 @@ def _above_null(
     elif values.size < MIN_SEEDS:
         reason = f"{len(set().union(*units))} seeds with pairs, {MIN_SEEDS} are needed"
     return Evidence([values], reason, remark)
-
-
-def _run_pairs(runs: pd.DataFrame, between: str) -> list[tuple[Any, Any]]:
-    """Pairs of runs that differ in ``between`` alone: in the seed, or in a factor at one seed."""
-    rows: dict[str, Any] = {row["trial_id"]: row for row in runs.to_dict("records")}
-    if between == "seed":
-        alike = {t: canonical_json({**row["config"], "seed": 0}) for t, row in rows.items()}
-        return [
-            (rows[a], rows[b])
-            for a, b in itertools.combinations(sorted(rows), 2)
-            if alike[a] == alike[b] and rows[a]["seed"] != rows[b]["seed"]
-        ]
-    return [
-        (rows[pair.a], rows[pair.b])
-        for pair in selection.matched_pairs(runs, runs, [between], tags_of(between))
-        if pair.a < pair.b
-        and selection.value_at(rows[pair.a], between) != selection.value_at(rows[pair.b], between)
-    ]

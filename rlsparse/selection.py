@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from rlsparse.errors import TableError
 from rlsparse.identity import canonical_json
-from rlsparse.levels import Scalar, canonical_path, touches
+from rlsparse.levels import Scalar, canonical_path, tags_of, touches
 from rlsparse.statistics import Floats
 from rlsparse.study import left_out
 
@@ -126,6 +126,31 @@ def factor_pairs(runs: pd.DataFrame, factor: str, level: str, reference: str) ->
     others = [{k: v for k, v in cell.items() if k != factor} for cell in runs["cell"]]
     runs = runs.assign(cell=pd.Series(others, index=runs.index, dtype=object))
     return matched_pairs(runs[at == level], runs[at == reference])
+
+
+def run_pairs(runs: pd.DataFrame, between: str) -> list[tuple[Any, Any]]:
+    """Pairs of runs that differ in ``between`` alone: in the seed, or in a factor at one seed.
+
+    Args:
+        runs: rows of ``with_configs`` of finished runs.
+        between: ``seed`` or the path of a factor.
+
+    Returns:
+        Rows as dictionaries, in order of trial_id within a pair.
+    """
+    rows: dict[str, Any] = {row["trial_id"]: row for row in runs.to_dict("records")}
+    if between == "seed":
+        alike = {t: canonical_json({**row["config"], "seed": 0}) for t, row in rows.items()}
+        return [
+            (rows[a], rows[b])
+            for a, b in itertools.combinations(sorted(rows), 2)
+            if alike[a] == alike[b] and rows[a]["seed"] != rows[b]["seed"]
+        ]
+    return [
+        (rows[pair.a], rows[pair.b])
+        for pair in matched_pairs(runs, runs, [between], tags_of(between))
+        if pair.a < pair.b and value_at(rows[pair.a], between) != value_at(rows[pair.b], between)
+    ]
 
 
 def apart(runs: pd.DataFrame, tags: Sequence[str], pairs: Sequence[Pair]) -> dict[str, list[Pair]]:

@@ -59,7 +59,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("num_eval_problems", pa.int64()),
             ("gate_ratio", pa.float64()),  # 256 * learning_rate / median |w|
             ("num_clipped_steps", pa.int64()),
-            ("kl_final", pa.float64()),
+            ("kl_final", pa.float64()),  # KL(trained || base) per token, on samples of the trained
             ("patch_bytes", pa.int64()),
             ("wall_s", pa.float64()),
             ("cpu_s", pa.float64()),

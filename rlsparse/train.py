@@ -27,7 +27,7 @@ from rlsparse.optim import select_trainable
 from rlsparse.probe import Probe
 from rlsparse.tables import SUMMARY
 from rlsparse.tasks import Problem, Task, load_reward, load_task, render_prompts
-from rlsparse.tasks.generate import Score, evaluate
+from rlsparse.tasks.generate import Score, evaluate, kl_divergence
 
 _MEDIAN_SAMPLE = 2**22
 
@@ -99,7 +99,7 @@ def train_trial(
         "num_eval_problems": config.task.num_eval_problems,
         "gate_ratio": 256 * config.train.learning_rate / median,
         "num_clipped_steps": int(sum(clipped)),
-        "kl_final": probe.rows[last].get("kl"),
+        "kl_final": _distance(context, base_dir),
         "patch_bytes": probe.patch_bytes,
         "wall_s": time.monotonic() - started,
         "cpu_s": time.process_time() - cpu_started,
@@ -160,6 +160,23 @@ def _score(context: TrialContext, model: Any) -> Score:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         return evaluate(model, context.tokenizer, context.task, problems)
+
+
+def _distance(context: TrialContext, base_dir: Path) -> float:
+    """KL of the trained model to the base on its own samples for the test problems."""
+    precision, device = context.config.train.precision, context.model.device
+    base = load_model(base_dir, precision).to(device).eval()
+    problems = _problems(context.config, context.task, context.tokenizer, "test")
+    torch.manual_seed(context.config.sampling_seed)
+    # The trainer has wrapped the trained model in autocast for good.
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        return kl_divergence(
+            context.model.eval(),
+            base,
+            context.tokenizer,
+            [problem.prompt for problem in problems],
+            max_new_tokens=context.task.max_completion_tokens,
+        )
 
 
 def _score_stored(context: TrialContext, base_dir: Path) -> Score | None:

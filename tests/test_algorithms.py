@@ -134,7 +134,6 @@ def test_grpo_logs_the_kl_that_it_is_penalised_for(trained, tiny_trial, base):
     kls = [row["kl"] for row in steps_of(trial)]
     assert kls[0] == pytest.approx(0, abs=1e-6)  # the policy is the reference still
     assert kls[2] > 1e-4
-    assert trial.summary["kl_final"] == kls[2]
     without = trained(tiny_trial("grpo", algorithm={"kl_coef": 0.0}), base)
     assert [row["kl"] for row in steps_of(without)] == [None, None]
     assert all(row["entropy"] > 0 for row in steps_of(trial))

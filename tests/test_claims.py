@@ -29,7 +29,9 @@ def kl(trial: Trial) -> float:
 
 def density(trial: Trial) -> float:
     """Moved by the seed, by three times the learning rate, and hardly by the factors."""
-    noise = NOISE[trial.config.seed] + 0.1 * NOISE[(trial.config.seed + 3) % 10] * (kl(trial) > 0)
+    seed, clipped = trial.config.seed, trial.config.train.max_grad_norm is not None
+    noise = NOISE[seed] + 0.1 * NOISE[(seed + 3) % 10] * (kl(trial) > 0)
+    noise += 0.1 * NOISE[(seed + 5) % 10] * clipped
     by = {"lr_zero": 0.0, "lr_times_3": 2.5}.get(str(trial.control), 1.0)
     return float(by * 0.1 * np.exp(noise))
 
@@ -303,7 +305,104 @@ def test_equivalent_needs_a_factor_that_acted() -> None:
     # noise in the realised KL is not an action
     noisy = lambda t: {"kl_final": 0.1 + NOISE[t.config.seed] * (kl(t) > 0)}  # noqa: E731
     undecided(KL, "no level moves the realised KL one way", more=noisy)
-    undecided(KL, "no level moves the realised KL one way", more=lambda t: {"kl_final": None})
+
+
+def acts_not(trial: Trial) -> float:
+    """A density that neither factor moves."""
+    by = 2.5 if trial.control == "lr_times_3" else 1.0
+    return by * 0.1 * float(np.exp(NOISE[trial.config.seed]))
+
+
+SAME = (
+    "the factor did not act: runs at all its levels have exactly the same sparsity.bitwise@stored"
+)
+
+
+@pytest.mark.parametrize("factor", ["algorithm.clip_range", "train.momentum"])
+def test_a_factor_that_changed_nothing_is_not_equivalent(factor: str) -> None:
+    field = factor.partition(".")[2]
+    study = study_of({"kind": "equivalent", "factor": factor}, factors={factor: [0.1, 0.5, 0.9]})
+    (row,) = judge(study, acts_not)
+    assert row["verdict"] == "undecided"
+    assert (row["note"], row["estimate"]) == (f"{SAME}; robust to definition", 1.0)
+
+    def acts_once(trial: Trial) -> float:  # one weight of one run
+        section = getattr(trial.config, factor.partition(".")[0])
+        odd = trial.config.seed == 1 and getattr(section, field) == 0.9
+        return acts_not(trial) + (trial.control is None and odd) / N
+
+    assert judge(study, acts_once)[0]["verdict"] == "supported"
+
+
+def test_without_a_measured_kl_runs_that_differ_show_that_its_penalty_acted() -> None:
+    for lost in (lambda t: True, lambda t: kl(t) == 0):
+        unknown = lambda t, lost=lost: about(t) | ({"kl_final": None} if lost(t) else {})  # noqa: E731
+        row = one(KL, more=unknown)
+        assert row["verdict"] == "supported"
+        assert "the realised KL was not measured in " in str(row["note"])
+    assert "in 8 of 16 runs" in str(row["note"])
+    undecided(KL, SAME, acts_not, more=unknown)
+    undecided(KL, SAME, acts_not)
+    assert "not measured" not in str(one(KL)["note"])
+
+
+# --- runs that learned nothing -----------------------------------------------------------------
+
+
+def idle(trial: Trial) -> bool:
+    """No run with gradient clipping ever had a reward."""
+    return trial.config.train.max_grad_norm is not None
+
+
+def test_runs_that_learned_nothing_are_not_sparse() -> None:
+    why = "changed no weight at all (no signal, or all rounded away): "
+    none = lambda t: 0.0 if idle(t) else density(t)  # noqa: E731
+    row = one(CLIPPED, none)
+    ids = sorted(t.trial_id for t in trials_of(study_of(CLIPPED)) if idle(t))
+    assert row["verdict"] == "undecided"
+    assert row["note"] == f"8 of the 16 runs {why}{', '.join(ids[:3])}, ...; robust to definition"
+    once = lambda t: 0.0 if idle(t) and t.config.seed == 1 and kl(t) else clip_lowers(t)  # noqa: E731
+    undecided(CLIPPED, f"1 of the 16 runs {why}", once)
+    undecided({**CLIPPED, "response": "sparsity.abs_1e-05"}, f"1 of the 16 runs {why}", once)
+    undecided(within(0, 1), f"8 of the 16 runs {why}", none)
+    undecided(CLIP, f"train.max_grad_norm = null: 8 of the 16 runs {why}", none)
+    control = lambda t: 0.0 if t.control == "lr_times_3" else density(t)  # noqa: E731
+    undecided(KL, f"no sign of sensitivity: lr_times_3: 4 of the 8 runs {why}", control)
+
+
+def test_runs_that_moved_only_below_a_tolerance_are_evidence() -> None:
+    """Unchanged within 1e-5, or in a coarser view, is not untrained; no learning rate neither."""
+    above = lambda t, d: float(d == "bitwise" or not idle(t))  # noqa: E731
+    claim = {**CLIPPED, "response": "sparsity.abs_1e-05"}
+    assert one(claim, clip_lowers, by_definition=above)["verdict"] == "supported"
+    untrained = {"algorithm": {"name": "grpo"}, "train": {"num_steps": 20, "learning_rate": 0.0}}
+    off = study_of(CLIPPED, baseline=untrained)
+    none = lambda t: 0.0 if idle(t) else clip_lowers(t)  # noqa: E731
+    assert judge(off, none)[0]["verdict"] == "supported"
+    study = study_of({**CLIPPED, "response": "sparsity.bitwise@bf16"})
+    trials, steps, stored = make_tables(trials_of(study), clip_lowers, more=about)
+    coarse = make_tables(trials_of(study), none)[2]
+    at = coarse.schema.get_field_index("view")
+    coarse = coarse.set_column(at, coarse.field(at), pa.array(["bf16"] * coarse.num_rows))
+    empty = tables.SCHEMAS["overlaps"].empty_table()
+    deltas = pa.concat_tables([stored, coarse])
+    table = claims.judge(study, {}, trials, steps, deltas, empty, {})
+    assert table["verdict"].to_pylist() == ["supported"]
+
+
+def test_runs_are_read_where_the_claim_reads_them() -> None:
+    study = study_of({**CLIPPED, "at": {"step": 10}}, CLIPPED)
+    trials = trials_of(study)
+    tables_of = make_tables(trials, clip_lowers, more=about)
+    slow = {trial.trial_id for trial in trials if idle(trial)}
+    rows = tables_of[2].to_pylist()
+    for row in rows:
+        if row["trial_id"] in slow and row["step_after"] == 10:
+            row |= {name: 0 for name in row if name.startswith("num_changed_")}
+    deltas = tables.from_rows(rows, "tensor_deltas")
+    empty = tables.SCHEMAS["overlaps"].empty_table()
+    found = claims.judge(study, {}, *tables_of[:2], deltas, empty, {})
+    assert found["verdict"].to_pylist() == ["undecided", "supported"]
 
 
 def test_equivalent_needs_a_sensitive_study() -> None:
@@ -367,7 +466,9 @@ def test_fields_of_algorithms_are_judged_apart() -> None:
     assert same["num_runs"] == more["num_runs"] == 4
     assert more["verdict"] == "refuted"  # sparser in DPO, but not in SimPO
     assert less["verdict"] == "refuted"
-    still = verdicts(lambda t: 0.05 * (3 if t.control else 1) * np.exp(NOISE[t.config.seed]))
+    slight = lambda t: 1.01 if t.cell["algorithm.beta"] == "2.0" else 1.0  # noqa: E731
+    by_seed = lambda t: float(np.exp(NOISE[t.config.seed]))  # noqa: E731
+    still = verdicts(lambda t: 0.05 * (3 if t.control else 1) * slight(t) * by_seed(t))
     assert still[0]["verdict"] == "supported"
     lost = verdicts(moved, failed=lambda t: t.config.algorithm.name == "simpo")[0]
     assert '{"algorithm.name":"simpo"}: 0 seeds with complete matched runs' in str(lost["note"])

@@ -8,12 +8,13 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from rlsparse.config import STORED_DTYPE, ModelConfig
 from rlsparse.errors import CheckpointError
-from rlsparse.models import TINY, resolve
+from rlsparse.models import TINY, companion_hash, resolve
 from rlsparse.models.loading import load_model, load_tokenizer
 from rlsparse.models.tokenizer import CHARACTERS, make_tokenizer
 
@@ -143,3 +144,38 @@ def test_a_hub_id_that_is_not_there(monkeypatch, source):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="is no folder here and the hub does not give it"):
         resolve(ModelConfig(source=source))
+
+
+def test_the_hash_of_companions_is_of_names_and_bytes(tmp_path):
+    def hash_of(**files):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / name.replace("__", ".")).write_text(text)
+        return companion_hash(folder)
+
+    one = hash_of(vocab__json="a", merges__txt="b")
+    assert hash_of(merges__txt="b", vocab__json="a", README__md="c", model__safetensors="d") == one
+    others = [
+        hash_of(vocab__json="b", merges__txt="a"),
+        hash_of(vocab__json="a"),
+        hash_of(vocab__txt="a", merges__txt="b"),
+        hash_of(vocab__json="a", merges__txt="b", tokenizer__model="c"),
+        hash_of(vocab__json="a", merges__txt="b", tokenizer_config__json="c"),
+    ]
+    assert len({one, *others}) == 6
+
+
+def test_the_hub_gives_chat_templates_and_merges(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda name, **options: asked.append((name, options)) or str(TINY),
+    )
+    assert resolve(ModelConfig(source="org/name@v1")) == TINY
+    ((name, options),) = asked
+    assert (name, options["revision"]) == ("org/name", "v1")
+    files = ["merges.txt", "chat_template.jinja", "additional_chat_templates/a.jinja",
+             "tokenizer.json", "tokenizer.model", "model.safetensors", "model.bin"]  # fmt: skip
+    found = list(filter_repo_objects(files, allow_patterns=options["allow_patterns"]))
+    assert found == files[:-1]

@@ -1,6 +1,7 @@
 """What PPO and PRIME share: rollouts, the reference, companions, and sums over tokens."""
 
 import copy
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,8 @@ import rollout_oracle as oracle
 import torch
 
 from rlsparse.algorithms import ALGORITHMS, rollouts
-from rlsparse.config import TrainConfig
+from rlsparse.config import PpoConfig, PrimeConfig, TrainConfig, TrialConfig
+from rlsparse.errors import TrialError
 from rlsparse.models.loading import load_model
 
 ONLINE = ["ppo", "prime"]
@@ -164,7 +166,8 @@ def test_a_companion_has_an_optimizer_of_its_own(limit):
     model = torch.nn.Linear(3, 2).requires_grad_(False)
     other = copy.deepcopy(model).requires_grad_(True)
     train = TrainConfig(max_grad_norm=limit, weight_decay=0.1, trainable_modules=("q",))
-    companion = rollouts.Companion(model, train, learning_rate=0.01)
+    config = TrialConfig(algorithm=PpoConfig(value_learning_rate=0.01), train=train)
+    companion = rollouts.Companion(model, config, "value_learning_rate")
     optimizer = torch.optim.AdamW(
         other.parameters(), lr=0.01, weight_decay=0.1, foreach=False, fused=False
     )
@@ -182,3 +185,16 @@ def test_a_companion_has_an_optimizer_of_its_own(limit):
     assert all(weight.grad is None for weight in companion.model.parameters())
     for one, two in zip(companion.model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_a_companion_that_diverges_names_its_learning_rate(limit):
+    model = torch.nn.Linear(3, 2)
+    algorithm = PrimeConfig(reward_learning_rate=7.0)
+    config = TrialConfig(algorithm=algorithm, train=TrainConfig(max_grad_norm=limit))
+    companion = rollouts.Companion(model, config, "reward_learning_rate")
+    (model(torch.ones(1, 3)).sum() * math.inf).backward()
+    before = [weight.clone() for weight in model.parameters()]
+    with pytest.raises(TrialError, match=r"algorithm.reward_learning_rate 7 trains is not finite"):
+        companion.step()
+    assert all(map(torch.equal, before, model.parameters()))

@@ -204,6 +204,28 @@ def test_trains_on_own_rows(with_file, name):
     trainer.train()
 
 
+def test_own_prompts_are_read_in_the_format_of_the_trial(with_file):
+    context = with_file("dpo", PAIRS)
+    task = context.config.task.model_copy(update={"prompt_format": "chat"})
+    context.tokenizer.chat_template = "?{{ messages[0]['content'] }}?"
+    chat = replace(context, config=context.config.model_copy(update={"task": task}))
+    assert [pair["prompt"] for pair in samples.preference_pairs(chat)] == ["?1 + 1 =?"] * 2
+    assert [pair["chosen"] for pair in samples.preference_pairs(chat)] == [" 2"] * 2
+
+
+def test_pairs_that_prefer_nothing(with_file):
+    rows = [PAIRS[0], {**PAIRS[0], "rejected": " 2"}]
+    with pytest.raises(TrialError, match=r"row 2 of .* chosen and rejected are both ' 2'"):
+        samples.preference_pairs(with_file("simpo", rows))
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_labels_of_one_kind(with_file, label):
+    rows = [{**row, "label": label} for row in LABELLED]
+    with pytest.raises(TrialError, match=f"all 2 labels are {label}; kto learns from right and"):
+        samples.labelled_completions(with_file("kto", rows))
+
+
 def test_fewer_examples_than_a_batch(context_of, tiny_trial, base):
     context = context_of(tiny_trial("sft", task={"num_train_problems": 7}), base)
     with pytest.raises(TrialError, match=r"sft has 7 examples, fewer than train\.batch_size 8"):

@@ -17,7 +17,7 @@ from rlsparse.models import TINY
 from rlsparse.models.loading import load_model, load_tokenizer
 from rlsparse.task_config import ChainSumConfig, TaskConfig
 from rlsparse.tasks import TASKS, data_version, load_task
-from rlsparse.tasks.generate import complete, evaluate
+from rlsparse.tasks.generate import complete, evaluate, kl_divergence
 
 SPLITS = ("pretrain", "train", "validation", "test")
 DIFFICULTIES = [(3, 1), (2, 1), (4, 1), (2, 2)]
@@ -103,7 +103,8 @@ def test_importing_tasks_is_cheap():
 def test_data_version_is_that_of_the_task_in_the_simple_case(tiny_trial):
     for name in ("sft", "grpo", "dpo"):
         assert data_version(tiny_trial(name)) == "1"
-    assert data_version(tiny_trial("dpo", algorithm={"data": "gold", "reward": "random"})) == "1"
+    assert data_version(tiny_trial("dpo", algorithm={"data": "gold"})) == "1"
+    assert data_version(tiny_trial("dpo", algorithm={"reward": "random"})) == "1"
 
 
 def test_data_version_follows_files_and_code(tiny_trial, tmp_path, monkeypatch):
@@ -114,14 +115,18 @@ def test_data_version_follows_files_and_code(tiny_trial, tmp_path, monkeypatch):
     pairs.write_text("pairs")
     rows.write_text("rows")
     task = {"name": "dataset", "source": str(rows)}
-    algorithm = {"reward": "my_own_reward:score", "data": str(pairs)}
-    parts = {"name": "dpo", **algorithm}
-    config = TrialConfig.model_validate({"task": task, "algorithm": parts})
-    seen = {data_version(config)}
+    configs = [
+        TrialConfig.model_validate({"task": task, "algorithm": algorithm})
+        for algorithm in (
+            {"name": "grpo", "reward": "my_own_reward:score"}, {"name": "dpo", "data": str(pairs)},
+        )
+    ]  # fmt: skip
+    seen = [{data_version(config)} for config in configs]
     for path in (code, pairs, rows):
         path.write_text(path.read_text() + "\n")
-        seen.add(data_version(config))
-    assert len(seen) == 4
+        for versions, config in zip(seen, configs, strict=True):
+            versions.add(data_version(config))
+    assert [len(versions) for versions in seen] == [3, 3]
     del sys.modules["my_own_reward"]
     for missing in ({"reward": "my_none:score"}, {"data": "none.jsonl"}):
         with pytest.raises(ConfigError, match="none"):
@@ -209,3 +214,41 @@ def test_mode_and_generator_are_left_as_they_were(task, model, tokenizer, mode):
     assert model.training is mode
     assert torch.equal(torch.get_rng_state(), state)
     model.eval()
+
+
+@pytest.mark.parametrize("batch_size", [50, 5])
+def test_kl_divergence_is_that_of_the_next_token_on_own_samples(task, model, tokenizer, batch_size):
+    """Against a sum over the vocabulary in float64, one unpadded sequence at a time."""
+    moved = load_model(TINY, "fp32")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in moved.parameters():
+            weight.mul_(1 + 0.1 * torch.randn(weight.shape, generator=generator))
+    prompts = [p.prompt for p in task.problems("test", 12)] + ["1 + 2 - 3 + 4 ="]
+    torch.manual_seed(3)
+    found = kl_divergence(moved, model, tokenizer, prompts, max_new_tokens=4, batch_size=batch_size)
+    torch.manual_seed(3)
+    sampled: list[list[int]] = []
+    for first in range(0, len(prompts), batch_size):
+        part = prompts[first : first + batch_size]
+        batch = tokenizer(part, return_tensors="pt", padding=True, padding_side="left")
+        rows = moved.generate(
+            **batch, max_new_tokens=4, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        sampled += rows[:, batch["input_ids"].shape[1] :].tolist()
+    terms: list[float] = []
+    lengths = set()
+    for prompt, row in zip(prompts, sampled, strict=True):
+        ids, end = tokenizer(prompt)["input_ids"], tokenizer.eos_token_id
+        new = row[: row.index(end) + 1] if end in row else row
+        lengths.add(len(new))
+        with torch.no_grad():
+            p, q = (
+                m(input_ids=torch.tensor([ids + new])).logits[0].double().softmax(-1)
+                for m in (moved, model)
+            )
+        for place in range(len(ids) - 1, len(ids) + len(new) - 1):
+            terms.append(float((p[place] * (p[place] / q[place]).log()).sum()))
+    assert len(lengths) > 1  # some end before others
+    assert found == pytest.approx(sum(terms) / len(terms), rel=1e-4, abs=0)

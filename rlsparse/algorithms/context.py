@@ -87,8 +87,8 @@ class TrialContext:
         if len(rows) < wanted:
             raise TrialError(
                 f"{self.config.algorithm.name} has {len(rows)} examples, fewer than "
-                f"train.batch_size {wanted}; lower it, or raise task.num_train_problems or "
-                "algorithm.num_samples_per_prompt"
+                f"train.batch_size {wanted}; lower it, or give more problems "
+                "(task.num_train_problems), samples of each, or rows of your own data"
             )
         return Dataset.from_list(rows)
 

@@ -96,7 +96,7 @@ class PpoTrainer(rollouts.TokenAdvantageTrainer):
         assert isinstance(config.algorithm, PpoConfig)
         self.settings = config.algorithm
         critic = Critic(context.model, config.init_seed)
-        self.critic = rollouts.Companion(critic, config.train, self.settings.value_learning_rate)
+        self.critic = rollouts.Companion(critic, config, "value_learning_rate")
         reference = None
         if self.settings.kl_coef > 0:
             reference = rollouts.copy_of(context.model, temperature=self.settings.temperature)

@@ -67,9 +67,7 @@ class PrimeTrainer(rollouts.TokenAdvantageTrainer):
         self.settings = config.algorithm
         temperature = config.algorithm.temperature
         model = rollouts.copy_of(context.model, temperature=temperature)
-        self.reward_model = rollouts.Companion(
-            model, config.train, config.algorithm.reward_learning_rate
-        )
+        self.reward_model = rollouts.Companion(model, config, "reward_learning_rate")
         super().__init__(context, rollouts.copy_of(context.model, temperature=temperature))
 
     def score(self, rollout: rollouts.Rollout) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ accumulation changes nothing. The KL penalty is not in the loss but in the rewar
 """
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 from rlsparse.algorithms.context import TrialContext
 from rlsparse.algorithms.grpo import GRPO_ARGUMENTS
-from rlsparse.config import OnlineConfig, TrainConfig
+from rlsparse.config import OnlineConfig, TrialConfig
+from rlsparse.errors import TrialError
 from rlsparse.optim import build_optimizer
 
 TOKEN_ARGUMENTS = {**GRPO_ARGUMENTS, "loss_type": "dapo", "beta": 0.0, "scale_rewards": "none"}
@@ -44,20 +46,29 @@ class Rollout:
 class Companion:
     """A model that is trained beside the policy, with an optimizer and a clipping of its own.
 
-    The optimizer is the trial's, but for the learning rate, which stays constant; all weights are
-    trained.
+    The optimizer is the trial's, but for the learning rate, which is the algorithm's ``rate_field``
+    and stays constant; all weights are trained.
     """
 
-    def __init__(self, model: torch.nn.Module, train: TrainConfig, learning_rate: float) -> None:
+    def __init__(self, model: torch.nn.Module, config: TrialConfig, rate_field: str) -> None:
+        train, rate = config.train, getattr(config.algorithm, rate_field)
         self.model = model.requires_grad_(True)
-        own = {"learning_rate": learning_rate, "trainable_modules": None, "trainable_layers": None}
+        own = {"learning_rate": rate, "trainable_modules": None, "trainable_layers": None}
         self.optimizer = build_optimizer(self.model, train.model_copy(update=own))
-        self._max_grad_norm = train.max_grad_norm
+        self._max_grad_norm = math.inf if train.max_grad_norm is None else train.max_grad_norm
+        self._rate = f"algorithm.{rate_field} {rate:g}"
 
     def step(self) -> None:
-        """Clip, update and forget the gradients."""
-        if self._max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._max_grad_norm)
+        """Clip, update and forget the gradients.
+
+        Raises:
+            TrialError: a gradient is not finite.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._max_grad_norm)
+        if not torch.isfinite(norm):
+            raise TrialError(
+                f"the gradient of the model that {self._rate} trains is not finite; lower it"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -13,7 +13,7 @@ from typing import Any
 from rlsparse.algorithms.context import TrialContext
 from rlsparse.config import PreferenceConfig, SampledDataConfig, SftConfig
 from rlsparse.errors import TrialError
-from rlsparse.tasks import Problem
+from rlsparse.tasks import Problem, render_prompts
 from rlsparse.tasks.generate import complete
 from rlsparse.tasks.rows import read_rows
 
@@ -67,7 +67,14 @@ def preference_pairs(context: TrialContext) -> list[dict[str, str]]:
         return _best_against_worst(context)
     if algorithm.data == "gold":
         return _own_against_other(context.problems, random.Random(context.config.sampling_seed))
-    return _user_texts(algorithm.data, ["prompt", "chosen", "rejected"])
+    pairs = _user_texts(context, algorithm.data, ["prompt", "chosen", "rejected"])
+    for number, pair in enumerate(pairs, start=1):
+        if pair["chosen"] == pair["rejected"]:
+            raise TrialError(
+                f"row {number} of algorithm.data {algorithm.data}: chosen and rejected are both "
+                f"{pair['chosen']!r}, which prefers nothing; leave the row out"
+            )
+    return pairs
 
 
 def labelled_completions(context: TrialContext) -> list[dict[str, Any]]:
@@ -89,10 +96,14 @@ def labelled_completions(context: TrialContext) -> list[dict[str, Any]]:
             for side in ("chosen", "rejected")
         ]
     rows = read_rows(algorithm.data, ["prompt", "completion", "label"])
-    return [
-        {**_texts(row, ["prompt", "completion"], place), "label": _label(row["label"], place)}
-        for place, row in _numbered(algorithm.data, rows)
-    ]
+    labels = [_label(row["label"], place) for place, row in _numbered(algorithm.data, rows)]
+    if len(set(labels)) == 1:
+        raise TrialError(
+            f"algorithm.data {algorithm.data}: all {len(labels)} labels are {labels[0]}; kto "
+            "learns from right and from wrong completions, add some of the other kind"
+        )
+    texts = _user_texts(context, algorithm.data, ["prompt", "completion"])
+    return [{**text, "label": label} for text, label in zip(texts, labels, strict=True)]
 
 
 def demonstrations(context: TrialContext) -> list[dict[str, str]]:
@@ -106,7 +117,7 @@ def demonstrations(context: TrialContext) -> list[dict[str, str]]:
     assert isinstance(algorithm, SftConfig)
     if algorithm.data == "gold":
         return [{"prompt": p.prompt, "completion": p.completion} for p in context.problems]
-    return _user_texts(algorithm.data, ["prompt", "completion"])
+    return _user_texts(context, algorithm.data, ["prompt", "completion"])
 
 
 def accepted_samples(context: TrialContext) -> list[dict[str, str]]:
@@ -188,9 +199,13 @@ def _numbered(source: str, rows: list[dict[str, Any]]) -> Iterator[tuple[str, di
         yield f"row {number} of algorithm.data {source}", row
 
 
-def _user_texts(source: str, columns: list[str]) -> list[dict[str, str]]:
+def _user_texts(context: TrialContext, source: str, columns: list[str]) -> list[dict[str, str]]:
+    """A user's rows; prompts in the format that the trial asks for, all else as it is."""
     rows = read_rows(source, columns)
-    return [_texts(row, columns, place) for place, row in _numbered(source, rows)]
+    texts = [_texts(row, columns, place) for place, row in _numbered(source, rows)]
+    asked = [Problem(text["prompt"], "", "") for text in texts]
+    prompts = render_prompts(asked, context.tokenizer, context.config.task.prompt_format)
+    return [{**text, "prompt": own.prompt} for text, own in zip(texts, prompts, strict=True)]
 
 
 def _texts(row: dict[str, Any], columns: list[str], place: str) -> dict[str, str]:

@@ -1,11 +1,28 @@
 """Base models: the tiny one that ships with the project, local folders, and hub ids."""
 
+import hashlib
+import json
 from pathlib import Path
 
 from rlsparse.config import ModelConfig
 from rlsparse.errors import CheckpointError
 
 TINY = Path(__file__).parent / "tiny"
+
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "*.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.*",
+    "additional_chat_templates/*",
+)
+"""Files beside the weights that transformers reads for a model and its tokenizer."""
 
 
 def resolve(config: ModelConfig) -> Path:
@@ -31,7 +48,9 @@ def resolve(config: ModelConfig) -> Path:
     name, _, revision = source.partition("@")
     try:
         found = snapshot_download(
-            name, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.model"]
+            name,
+            revision=revision or None,
+            allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -39,3 +58,22 @@ def resolve(config: ModelConfig) -> Path:
             f"model.source {source!r} is no folder here and the hub does not give it: {reason}"
         ) from error
     return Path(found)
+
+
+def companion_hash(folder: Path) -> str:
+    """sha256 (hex) over names and bytes of the files beside the weights that training reads.
+
+    They are the model's configuration, its tokenizer and its chat templates; others, such as a
+    README, do not count.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for pattern in _COMPANIONS
+        for path in folder.glob(pattern)
+        if path.is_file()
+    }
+    contents = [
+        [name, hashlib.sha256(path.read_bytes()).hexdigest()]
+        for name, path in sorted(files.items())
+    ]
+    return hashlib.sha256(json.dumps(contents).encode()).hexdigest()

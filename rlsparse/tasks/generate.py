@@ -1,4 +1,4 @@
-"""Sampling from a causal LM, and the held-out score: greedy, graded by the task."""
+"""Sampling from a causal LM, its held-out score (greedy, graded by the task), its distance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,6 +69,65 @@ def complete(
         texts += tokenizer.batch_decode(new, skip_special_tokens=True)
     model.train(was_training)
     return texts
+
+
+@torch.no_grad()
+def kl_divergence(
+    model: Any,
+    base: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+) -> float:
+    """KL(model || base) per token, over completions sampled from ``model`` at temperature 1.
+
+    Mean over their tokens, end of text included, of sum_v p(v) log(p(v) / q(v)), the exact
+    divergence of the next token. Both models are on the device of ``model``, in eval mode.
+
+    Args:
+        model: a transformers causal LM.
+        base: the same, before training.
+        tokenizer: of both.
+        prompts: what is completed; padded on the left.
+        max_new_tokens: longest completion, in tokens.
+        batch_size: prompts a forward pass.
+    """
+    total, count = 0.0, 0
+    for first in range(0, len(prompts), batch_size):
+        batch = tokenizer(
+            list(prompts[first : first + batch_size]),
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+        ).to(next(model.parameters()).device)
+        sequences = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        )  # fmt: skip
+        start = batch["input_ids"].shape[1]
+        ends = torch.isin(
+            sequences[:, start:],
+            torch.tensor(model.generation_config.eos_token_id, device=sequences.device),
+        )
+        real = (ends.int().cumsum(1) - ends.int()) == 0  # up to the first end, and it
+        mask = torch.cat([batch["attention_mask"], real.to(batch["attention_mask"].dtype)], dim=1)
+        given = {
+            "input_ids": sequences,
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        }
+        log_p, log_q = (
+            one(**given).logits[:, start - 1 : -1].float().log_softmax(-1) for one in (model, base)
+        )
+        divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+        total += float((divergence * real).sum())
+        count += int(real.sum())
+    return total / count
 
 
 def evaluate(model: Any, tokenizer: Any, task: Task, problems: Sequence[Problem]) -> Score:

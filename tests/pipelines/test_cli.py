@@ -15,8 +15,14 @@ from command import StudyRun
 
 import pipelines
 import rlsparse
-from pipelines import cli
+from pipelines import cli, diff, study
+from pipelines.plan import Plan, _load_base, make_plan
+from pipelines.session import RaySession
+from pipelines.sweep import _spec, run_trial
+from rlsparse import tables
 from rlsparse.models import TINY
+from rlsparse.study import Study
+from rlsparse.tables import SCHEMAS
 
 STUDY = """
 question: Is a mistake told in one line?
@@ -223,6 +229,98 @@ def test_report_builds_everything_again(study_copy: StudyRun) -> None:
     assert "report  " in result.stdout
     attempts = [study_copy.plan.ledger.get(t.trial_id).attempts for t in study_copy.plan.trials]
     assert attempts == [1] * 12
+
+
+@pytest.fixture
+def moved_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """A finished study, whose data and base changed after it had run; the plan it ran by."""
+    shutil.copytree(TINY, folder / "base")
+    (folder / "own.csv").write_text(
+        "prompt,answer\n" + "".join(f"{i} + 1,{i + 1}\n" for i in range(100))
+    )
+    task = {"name": "dataset", "source": "own.csv", "num_train_problems": 16,
+            "num_eval_problems": 4, "max_completion_tokens": 4}  # fmt: skip
+    train = {"num_steps": 1, "batch_size": 8, "learning_rate": 1e-4}
+    baseline = {"model": {"source": "./base"}, "task": task, "algorithm": {"name": "sft"}}
+    fields = {
+        "name": "s",
+        "question": "?",
+        "baseline": {**baseline, "train": train},
+        "seeds": [0, 1],
+    }
+    plan = make_plan(Study.model_validate(fields), str(folder / "runs"))
+    study._write_study(plan)
+    for trial in plan.trials:
+        run_trial(_spec(plan, trial))
+    for item in diff.pending(plan):
+        diff.measure(item)
+    assert len(plan.finished()) == 2, [entry.error for entry in plan.entries().values()]
+    # What counts overlaps runs in Ray, which is not the matter here.
+    monkeypatch.setattr(RaySession, "start", lambda self: None)
+    monkeypatch.setattr("pipelines.overlap.run", lambda plan: SCHEMAS["overlaps"].empty_table())
+    tokenizer = folder / "base" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    (folder / "own.csv").write_text("prompt,answer\n1 + 1,3\n")
+    _load_base.cache_clear()  # as in another process
+    return plan
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_folder_is_reported_by_what_it_holds(
+    gone: bool,
+    moved_on: Plan,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    place = moved_on.storage.path("")
+    recorded = moved_on.storage.read_json("study.json")
+    if gone:
+        (folder / "own.csv").unlink()
+        shutil.rmtree(folder / "base")
+        (folder / "elsewhere").mkdir()
+        monkeypatch.chdir(folder / "elsewhere")
+    else:  # the study file is about what is there now
+        changed = make_plan(moved_on.study, str(folder / "runs"))
+        assert not {t.trial_id for t in changed.trials} & {t.trial_id for t in moved_on.trials}
+    for _ in range(2):  # the second time with the study.json that the first one wrote
+        assert rlsparse_(monkeypatch, "status", place) == 0
+        assert capsys.readouterr().out.startswith("s: 2/2 done")
+        assert rlsparse_(monkeypatch, "report", place) == 0
+        assert "(planned)" not in capsys.readouterr().out
+        rows = tables.read(Path(place) / "tables" / "trials.parquet", "trials").to_pylist()
+        assert [(row["trial_id"], row["status"]) for row in rows] == [
+            (trial.trial_id, "finished") for trial in moved_on.trials
+        ]
+        assert moved_on.storage.read_json("study.json") == recorded
+    assert rlsparse_(monkeypatch, "mlflow", "sync", place) == 0
+
+
+def test_diffs_that_need_a_base_that_is_gone_say_so(moved_on: Plan, folder: Path) -> None:
+    """Its tokenizer is not needed, its weights are."""
+    shutil.rmtree(folder / "runs" / "s" / "tables")
+    plan = cli._plan_of(moved_on.storage.path(""), "")
+    for item in diff.pending(plan):
+        assert not diff._try_measure(item)["error"]
+    shutil.rmtree(folder / "runs" / "s" / "tables")
+    shutil.rmtree(folder / "base")
+    _load_base.cache_clear()
+    for item in diff.pending(plan):
+        assert "model.source './base': no such folder" in diff._try_measure(item)["error"]
+
+
+def test_a_study_that_recorded_no_inputs_is_planned_with_those_that_are_here(
+    study_copy: StudyRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = study_copy.folder / "study.json"
+    content = json.loads(file.read_text())
+    del content["inputs"]
+    file.write_text(json.dumps(content))
+    assert rlsparse_(monkeypatch, "status", study_copy.folder) == 0
+    assert capsys.readouterr().out.startswith("study: 12/12 done")
+    file.write_text(json.dumps(content | {"inputs": {"bases": []}}))
+    assert rlsparse_(monkeypatch, "status", study_copy.folder) == 1
+    assert "study.json is damaged or of another release" in capsys.readouterr().err
 
 
 def test_a_trial_whose_driver_is_gone_is_interrupted(

@@ -1,5 +1,6 @@
 """A plan names the right trials and refuses what cannot run."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -32,8 +33,8 @@ def test_a_base_of_other_content_is_refused(tmp_path: Path) -> None:
     tiny = load_base(ModelConfig())
     copy = tmp_path / "base"
     shutil.copytree(TINY, copy)
-    same = load_base(ModelConfig(source=str(copy)), expect=tiny.fingerprint)
-    assert (same.fingerprint, same.num_weights) == (tiny.fingerprint, tiny.num_weights)
+    same = load_base(ModelConfig(source=str(copy)), expect=tiny.identity)
+    assert dataclasses.replace(same, path=tiny.path) == tiny
 
     other = tmp_path / "other"
     shutil.copytree(TINY, other)
@@ -41,7 +42,52 @@ def test_a_base_of_other_content_is_refused(tmp_path: Path) -> None:
     content[-1] ^= 1
     (other / "model.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"the study was planned with .* pin a revision"):
-        load_base(ModelConfig(source=str(other)), expect=tiny.fingerprint)
+        load_base(ModelConfig(source=str(other)), expect=tiny.identity)
+    with pytest.raises(CheckpointError, match=r"has weights with hash .* was planned with"):
+        load_base(ModelConfig(source=str(other)), weights=tiny.fingerprint)
+
+
+@pytest.mark.parametrize(
+    ("file", "counts"),
+    [
+        ("tokenizer.json", True),
+        ("config.json", True),
+        ("chat_template.jinja", True),
+        ("additional_chat_templates/tools.jinja", True),
+        ("README.md", False),
+    ],
+)
+def test_what_training_reads_of_a_base_is_of_the_identity_of_a_trial(
+    file: str, counts: bool, tmp_path: Path
+) -> None:
+    """The tensors stay, and so does the fingerprint, which patches name."""
+    plans = []
+    for folder in (tmp_path / "base", tmp_path / "edited"):
+        shutil.copytree(TINY, folder)
+        changed = folder / file
+        changed.parent.mkdir(exist_ok=True)
+        before = changed.read_text() if changed.exists() else "{{ messages }}"
+        changed.write_text(before + (" " if folder.name == "edited" else ""))
+        plans.append(
+            make_plan(
+                make_study(model={"source": str(folder)}, algorithm={"name": "sft"}), str(tmp_path)
+            )
+        )
+    (one,), (other,) = (plan.trials for plan in plans)
+    assert (one.trial_id != other.trial_id) == counts
+    assert plans[0].base(one).fingerprint == plans[1].base(other).fingerprint
+
+
+def test_bases_that_differ_in_the_tokenizer_are_two_cells(tmp_path: Path) -> None:
+    copy, edited = tmp_path / "copy", tmp_path / "edited"
+    for folder in (copy, edited):
+        shutil.copytree(TINY, folder)
+    (edited / "tokenizer.json").write_text((edited / "tokenizer.json").read_text() + " ")
+    study = make_study(algorithm={"name": "sft"})
+    for folder, num_trials in ((copy, 1), (edited, 2)):
+        factors = {"model.source": ["tiny", str(folder)]}
+        plan = make_plan(study.model_copy(update={"factors": factors}), str(tmp_path))
+        assert len(plan.trials) == num_trials
 
 
 def test_patches_are_no_larger_than_said(study_run: StudyRun) -> None:

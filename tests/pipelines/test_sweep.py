@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from command import Command, StudyRun, run_study
 
-from pipelines.plan import Plan, make_plan
+from pipelines.plan import Plan, _load_base, make_plan
 from pipelines.sweep import run_trial
 from rlsparse import tables
 from rlsparse.errors import StorageError
+from rlsparse.models import TINY
 from rlsparse.study import Study
 from rlsparse.study_file import load_study
 
@@ -43,7 +44,7 @@ def spec(plan: Plan, number: int, **changes: Any) -> dict[str, Any]:
         "trial_id": trial.trial_id,
         "config": trial.config.model_dump(mode="json"),
         "storage": plan.storage.url,
-        "base_fingerprint": plan.base(trial).fingerprint,
+        "base_identity": plan.base(trial).identity,
         "data_version": trial.data_version,
         "num_threads": 1,
     } | changes
@@ -91,11 +92,26 @@ def test_what_cannot_be_trained_fails_with_its_reason(study: Study, tmp_path: Pa
 
 def test_another_base_than_planned_fails(study: Study, tmp_path: Path) -> None:
     plan = make_plan(study, str(tmp_path))
-    run_trial(spec(plan, 0, base_fingerprint="f" * 64))
+    run_trial(spec(plan, 0, base_identity="f" * 64))
     entry = plan.ledger.get(plan.trials[0].trial_id)
     assert entry.status == "failed"
     assert entry.error is not None
     assert "the study was planned with ffffffffffff" in entry.error
+
+
+def test_a_base_with_another_tokenizer_than_planned_fails(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(TINY, base)
+    plan = make_plan(make_study(model={"source": str(base)}), str(tmp_path))
+    planned = spec(plan, 0)
+    tokenizer = base / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    _load_base.cache_clear()  # as in a worker's process
+    run_trial(planned)
+    error = plan.ledger.get(plan.trials[0].trial_id).error
+    assert error is not None
+    assert error.startswith("CheckpointError: base ")
+    assert f"the study was planned with {planned['base_identity'][:12]}" in error
 
 
 def failure_of(plan: Plan, number: int = 0, **changes: Any) -> str:
@@ -170,7 +186,7 @@ def test_files_of_a_killed_attempt_are_removed(
     left.mkdir()
     plan.ledger.start(name, host=os.uname().nodename, pid=1, versions={})
     plan.ledger.settle(name)
-    run_trial(spec(plan, 0, base_fingerprint="f" * 64))
+    run_trial(spec(plan, 0, base_identity="f" * 64))
     assert not left.exists()
     assert plan.ledger.get(name).attempts == 2
 
