@@ -1,6 +1,6 @@
 """Sampling from a causal LM, its held-out score (greedy, graded by the task), its distance."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,13 +51,7 @@ def complete(
         else {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     )
     texts: list[str] = []
-    for first in range(0, len(prompts), batch_size):
-        batch = tokenizer(
-            list(prompts[first : first + batch_size]),
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-        ).to(next(model.parameters()).device)
+    for batch in _batches(model, tokenizer, prompts, batch_size):
         output = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -69,6 +63,19 @@ def complete(
         texts += tokenizer.batch_decode(new, skip_special_tokens=True)
     model.train(was_training)
     return texts
+
+
+def _batches(
+    model: Any, tokenizer: Any, prompts: Sequence[str], batch_size: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Token ids and masks of prompts, padded on the left, on the device of ``model``."""
+    for first in range(0, len(prompts), batch_size):
+        yield tokenizer(
+            list(prompts[first : first + batch_size]),
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+        ).to(next(model.parameters()).device)
 
 
 @torch.no_grad()
@@ -95,13 +102,7 @@ def kl_divergence(
         batch_size: prompts a forward pass.
     """
     total, count = 0.0, 0
-    for first in range(0, len(prompts), batch_size):
-        batch = tokenizer(
-            list(prompts[first : first + batch_size]),
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-        ).to(next(model.parameters()).device)
+    for batch in _batches(model, tokenizer, prompts, batch_size):
         sequences = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
