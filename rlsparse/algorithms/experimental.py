@@ -9,9 +9,14 @@ from trl.import_utils import suppress_experimental_warning
 
 from rlsparse.errors import TrialError
 
-WITHOUT_TRUNCATION = sys.maxsize
-"""``max_length`` of trainers that take None for 512 tokens. The others cut nothing, and algorithms
-are compared on equal data."""
+PAIR_ARGUMENTS = {
+    "disable_dropout": True,
+    "max_length": sys.maxsize,  # None would cut at 512 tokens, where the other trainers cut nothing
+    "max_completion_length": None,
+    "generate_during_eval": False,
+    "remove_unused_columns": False,
+}
+"""What CPO and ORPO share: whole pairs, as all other algorithms get them."""
 
 
 def experimental_classes(module: str, *names: str) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ over each sequence; dropout is off (TRL).
 from typing import Any
 
 from rlsparse.algorithms.context import TrialContext
-from rlsparse.algorithms.experimental import WITHOUT_TRUNCATION, experimental_classes
+from rlsparse.algorithms.experimental import PAIR_ARGUMENTS, experimental_classes
 from rlsparse.algorithms.samples import preference_pairs
 
 
@@ -25,11 +25,7 @@ def build(context: TrialContext) -> Any:
     config_class, trainer_class = experimental_classes("orpo", "ORPOConfig", "ORPOTrainer")
     arguments = config_class(
         **context.trainer_arguments(),
-        disable_dropout=True,
-        max_length=WITHOUT_TRUNCATION,
-        max_completion_length=None,
-        generate_during_eval=False,
-        remove_unused_columns=False,
+        **PAIR_ARGUMENTS,
     )
     return trainer_class(
         context.model,

@@ -11,7 +11,7 @@ Deviations: pairs as configured, not ranked by a reward model; dropout is off (T
 from typing import Any
 
 from rlsparse.algorithms.context import TrialContext
-from rlsparse.algorithms.experimental import WITHOUT_TRUNCATION, experimental_classes
+from rlsparse.algorithms.experimental import PAIR_ARGUMENTS, experimental_classes
 from rlsparse.algorithms.samples import preference_pairs
 
 
@@ -28,11 +28,7 @@ def build(context: TrialContext) -> Any:
         cpo_alpha=0.0,
         alpha=0.0,
         label_smoothing=0.0,
-        disable_dropout=True,
-        max_length=WITHOUT_TRUNCATION,
-        max_completion_length=None,
-        generate_during_eval=False,
-        remove_unused_columns=False,
+        **PAIR_ARGUMENTS,
     )
     return trainer_class(
         context.model,
