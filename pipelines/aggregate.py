@@ -11,10 +11,12 @@ from pipelines.storage import MARKER
 from rlsparse import tables
 from rlsparse.claims import judge
 from rlsparse.config import TrialConfig
-from rlsparse.effects import effects, responses
+from rlsparse.effects import effects
 from rlsparse.errors import RlsparseError, TrialError
 from rlsparse.identity import canonical_json
 from rlsparse.patch import PATCH_FILE, Patch
+from rlsparse.responses import responses
+from rlsparse.schemas import SCHEMAS
 from rlsparse.study import Study, Trial
 from rlsparse.tables import SUMMARY, snapshot_folder
 
@@ -59,7 +61,7 @@ def trials_table(plan: Plan) -> pa.Table:
 
 def steps_table(plan: Plan) -> pa.Table:
     """Table ``steps`` of all finished trials, in the order of the plan."""
-    parts = [tables.SCHEMAS["steps"].empty_table()]
+    parts = [SCHEMAS["steps"].empty_table()]
     for trial in plan.finished():
         with plan.storage.local_copy(f"trials/{trial.trial_id}/steps.parquet") as path:
             parts.append(tables.read(path, "steps"))

@@ -21,6 +21,7 @@ from rlsparse.deltas import base_rows, mask_rows, measure_patch
 from rlsparse.errors import CheckpointError, PatchError, RlsparseError
 from rlsparse.masks import read_masks
 from rlsparse.patch import PATCH_FILE, Patch
+from rlsparse.schemas import SCHEMA_VERSION, SCHEMAS
 from rlsparse.study import Trial
 from rlsparse.tables import EVER_CHANGED, snapshot_folder
 
@@ -43,7 +44,7 @@ def read_parts(storage: Storage, name: str, parts: list[str]) -> pa.Table:
         with storage.local_copy(f"tables/{name}.parquet/{part}.parquet") as path:
             read.append(tables.read(path, name))
     if not read:
-        return tables.SCHEMAS[name].empty_table()
+        return SCHEMAS[name].empty_table()
     return pa.concat_tables(read, promote_options="default")
 
 
@@ -133,7 +134,7 @@ def _items(plan: Plan, trial: Trial) -> list[Item]:
         "storage": plan.storage.url,
         "source": trial.config.model.source,
         "base": base.fingerprint,
-        "schema": tables.SCHEMA_VERSION,
+        "schema": SCHEMA_VERSION,
     }
     of_base = {**common, "part": base.fingerprint[:12], "trial_id": None}
     of_trial = {

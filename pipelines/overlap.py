@@ -14,9 +14,10 @@ import ray
 from pipelines.diff import read_parts
 from pipelines.plan import Plan
 from pipelines.storage import Storage
-from rlsparse import tables
+from rlsparse.claim_config import AboveNullClaim
 from rlsparse.overlap import Run, chunk_overlaps, combine
-from rlsparse.study import AboveNullClaim, Trial
+from rlsparse.schemas import SCHEMAS
+from rlsparse.study import Trial
 
 
 def runs_of(plan: Plan, trials: list[Trial]) -> list[Run]:
@@ -41,7 +42,7 @@ def run(plan: Plan) -> pa.Table:
     for trial in plan.finished():
         by_base.setdefault(plan.base(trial).fingerprint, []).append(trial)
     parts = [_run_base(plan, base, trials) for base, trials in sorted(by_base.items())]
-    return pa.concat_tables([tables.SCHEMAS["overlaps"].empty_table(), *parts])
+    return pa.concat_tables([SCHEMAS["overlaps"].empty_table(), *parts])
 
 
 def _run_base(plan: Plan, base: str, trials: list[Trial]) -> pa.Table:

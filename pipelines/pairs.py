@@ -35,7 +35,7 @@ from rlsparse.diff import (
 )
 from rlsparse.errors import CheckpointError, RlsparseError
 from rlsparse.patch import verify_patch
-from rlsparse.tables import SCHEMAS
+from rlsparse.schemas import SCHEMAS
 from rlsparse.tensor_file import TensorInfo
 
 Place = str | Path

@@ -27,8 +27,8 @@ from pipelines.session import RaySession
 from rlsparse.errors import ConfigError
 from rlsparse.identity import canonical_json
 from rlsparse.report.study_page import build_report
+from rlsparse.schemas import SCHEMA_VERSION
 from rlsparse.study import Trial
-from rlsparse.tables import SCHEMA_VERSION
 
 Tables = dict[str, pa.Table]
 REPORT_FILES = ("index.html", "report.json")

@@ -26,6 +26,14 @@ import pyarrow as pa
 from scipy import special
 
 from rlsparse import statistics, tables
+from rlsparse.claim_config import (
+    AboveNullClaim,
+    Claim,
+    EquivalentClaim,
+    ExactClaim,
+    GreaterClaim,
+    WithinClaim,
+)
 from rlsparse.definitions import DEFINITIONS
 from rlsparse.evidence import (
     IDENTICAL,
@@ -38,15 +46,7 @@ from rlsparse.evidence import (
 )
 from rlsparse.identity import canonical_json
 from rlsparse.statistics import Floats
-from rlsparse.study import (
-    AboveNullClaim,
-    Claim,
-    EquivalentClaim,
-    ExactClaim,
-    GreaterClaim,
-    Study,
-    WithinClaim,
-)
+from rlsparse.study import Study
 
 ALPHA = 0.05
 TINY_CAVEAT = "checks the pipeline, is no evidence about LLMs"

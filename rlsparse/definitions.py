@@ -36,3 +36,11 @@ NUM_MAGNITUDE_BINS = 1 + 2 * NUM_EXPONENTS
 with 2^e < |w| < 2^(e+1); bin ``1 + NUM_EXPONENTS + (e - MIN_EXPONENT)`` those with |w| = 2^e
 exactly (their rounding gap downwards is half as wide). Exponents are clipped to the range;
 non-finite weights are in no bin."""
+
+NESTED_NULLS: tuple[str, ...] = ("uniform", "tensor", "magnitude", "update_size")
+"""What the overlap of two masks is compared with, each null holding fixed what the one before does
+and more: nothing but the two densities; the density of each tensor; of each power of two of
+|before| in it; and, within these, of each size of the update of an independent run."""
+NULLS: tuple[str, ...] = (*NESTED_NULLS, "margins")
+"""All nulls of table ``overlaps``. ``margins`` stands apart: the number of changed weights in each
+row and each column of each matrix."""

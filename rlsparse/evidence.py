@@ -13,21 +13,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from rlsparse import effects, selection
+from rlsparse import effects, responses, selection
+from rlsparse.claim_config import AboveNullClaim, At, Claim, EquivalentClaim, GreaterClaim
 from rlsparse.identity import canonical_json
 from rlsparse.levels import Scalar, level_label, tags_of
 from rlsparse.selection import Pair
 from rlsparse.statistics import Floats, jackknife, odds_unchanged, t_interval
-from rlsparse.study import (
-    MIN_SEEDS,
-    AboveNullClaim,
-    At,
-    Claim,
-    EquivalentClaim,
-    GreaterClaim,
-    Study,
-    reference_level,
-)
+from rlsparse.study import MIN_SEEDS, Study
 
 NULLS = ("uniform", "tensor", "magnitude")
 MAX_OVERLAP_DENSITY = 0.5
@@ -49,7 +41,7 @@ class Response(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As in the response column of ``effects.responses``."""
+        """As in the response column of ``responses.responses``."""
         return f"{self.kind}.{self.definition}@{self.view}" if self.definition else self.kind
 
 
@@ -80,13 +72,13 @@ class Observations:
     cache: dict[tuple[str, str], pd.DataFrame] = field(default_factory=dict)
 
     def of(self, trial: str) -> pd.DataFrame:
-        """Rows of ``effects.responses`` of one trial."""
+        """Rows of ``responses.responses`` of one trial."""
         return self.responses.get(trial, self.responses[""])
 
     def snapshots(self, trial: str, response: str) -> pd.DataFrame:
-        """See ``effects.snapshots``."""
+        """See ``responses.snapshots``."""
         if (trial, response) not in self.cache:
-            self.cache[trial, response] = effects.snapshots(self.of(trial), trial, response)
+            self.cache[trial, response] = responses.snapshots(self.of(trial), trial, response)
         return self.cache[trial, response]
 
     def column(self, trial: str, name: str) -> float:
@@ -118,7 +110,7 @@ def observe(
     identical: Mapping[str, bool],
 ) -> Observations:
     """Index the tables of a study; the arguments are those of ``claims.judge``."""
-    frame = effects.responses(trials, steps, tensor_deltas, study.default_view)
+    frame = responses.responses(trials, steps, tensor_deltas, study.default_view)
     bitwise = frame[frame["response"].str.startswith("sparsity.bitwise@")]
     changed = bitwise["step"].where(bitwise["numerator"] > 0, np.inf)
     pairs = overlaps.to_pandas()
@@ -238,13 +230,13 @@ def _read(
 ) -> tuple[float | None, str]:
     """Log density of a run, or its score on the scale of contrasts; None and why if missing."""
     if response.kind == "sparsity":
-        return effects.density_at(seen.snapshots(trial, response.name), at)
+        return responses.density_at(seen.snapshots(trial, response.name), at)
     rows = seen.of(trial)
     rows = rows[rows["response"] == response.name]
     rows = rows[rows["step"] == at.step] if at else rows[rows["last"]]
     if rows.empty:
         return None, f"no {response.name}" + (f" at step {at.step}" if at else "")
-    value = float(effects.scaled(rows)[0])
+    value = float(responses.scaled(rows)[0])
     return (None, "num_eval_problems is not known") if np.isnan(value) else (value, "")
 
 
@@ -254,7 +246,7 @@ def _read_pair(
     nan = float("nan")
     if at and at.score == "common":
         runs = [seen.snapshots(trial, response.name) for trial in (pair.a, pair.b)]
-        common = effects.common_score(*runs)
+        common = responses.common_score(*runs)
         if np.isnan(common):
             return nan, nan, "a run has no score"
         at = At(score=common)
@@ -275,7 +267,7 @@ def _equivalent(
         known = ", ".join(seen.study.factors) or "none"
         return Evidence([], f"the study does not vary {factor}; its factors: {known}")
     runs = runs[np.array([factor in cell for cell in runs["cell"]], bool)]
-    reference = reference_level(seen.study, factor)
+    reference = seen.study.reference_level(factor)
     present = {cell[factor] for cell in runs["cell"]}
     labels = dict.fromkeys(level_label(level) for level in seen.study.factors[factor])
     levels = [label for label in labels if label in present and label != reference]

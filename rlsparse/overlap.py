@@ -20,10 +20,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rlsparse import tables
 from rlsparse.definitions import NUM_MAGNITUDE_BINS
 from rlsparse.errors import TableError
 from rlsparse.kernels import popcount_and
+from rlsparse.schemas import SCHEMAS
 
 Run = tuple[str, int, str]
 """(trial_id, step, view)."""
@@ -195,7 +195,7 @@ def combine(
         .rename_columns([*_SIDES, "view", "module", "num_both"])
         .to_pandas()
     )
-    schema = tables.SCHEMAS["overlaps"]
+    schema = SCHEMAS["overlaps"]
     parts = [schema.empty_table()]
     for view in sorted({view for _, _, view in runs}):
         ours = sorted({(trial, step) for trial, step, of in runs if of == view})

@@ -5,12 +5,13 @@ study from YAML.
 """
 
 import itertools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from rlsparse.claim_config import Claim
 from rlsparse.config import AlgorithmConfig, ModelConfig, TrialConfig
 from rlsparse.errors import ConfigError
 from rlsparse.identity import canonical_json, trial_id
@@ -48,112 +49,6 @@ class StudyError(ConfigError):
         return self
 
 
-class At(Config):
-    """Where along training runs are compared; the last snapshot when absent.
-
-    ``step``: the snapshot of that step. ``score``: density is interpolated between snapshots where
-    the held-out score first reaches this value; ``common`` is the highest score that both runs of
-    a matched pair reach.
-    """
-
-    step: int | None = Field(None, ge=1)
-    score: Literal["common"] | float | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> "At":
-        if (self.step is None) == (self.score is None):
-            raise ValueError("`at` takes exactly one of step, score")
-        return self
-
-
-class ClaimBase(Config):
-    """What all claims share.
-
-    ``response`` is ``sparsity.<definition>[@<view>]``, ``score_after``, ``score_gain``,
-    ``overlap.<definition>[@<view>]`` or ``identical_replicates``. ``where``, ``a`` and ``b`` select
-    runs by dotted configuration path (``algorithm`` and ``task`` are short for ``algorithm.name``
-    and ``task.name``) or by ``role``, ``control``, ``seed``, ``replicate``; controls and surrogates
-    are left out unless asked for, see ``left_out``.
-    """
-
-    id: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
-    source: str = ""
-    response: str = "sparsity.bitwise"
-    where: dict[str, Scalar] = Field(default_factory=dict)
-    at: At | None = None
-    note: str = ""
-
-    @property
-    def varied(self) -> str:
-        """Path in which the runs that the claim compares differ, beside its selectors, or ""."""
-        return ""
-
-
-class ExactClaim(ClaimBase):
-    """An identity: every selected run has exactly this value, under every definition."""
-
-    kind: Literal["exact"]
-    value: float = 1.0
-
-
-class WithinClaim(ClaimBase):
-    """The mean over runs lies inside [low, high]."""
-
-    kind: Literal["within"]
-    low: float
-    high: float
-
-
-class GreaterClaim(ClaimBase):
-    """Matched by seed, the response of ``a`` exceeds that of ``b``.
-
-    ``margin`` is an odds ratio for responses that are fractions, else a difference; the default
-    asks for any excess.
-    """
-
-    kind: Literal["greater"]
-    a: dict[str, Scalar]
-    b: dict[str, Scalar]
-    margin: float | None = None
-
-
-class EquivalentClaim(ClaimBase):
-    """No level of ``factor`` moves density by more than the ratio ``margin`` (2x one-sided test).
-
-    Decided only if the factor acted and the positive control moved the response by more.
-    """
-
-    kind: Literal["equivalent"]
-    factor: str
-    margin: float = Field(1.25, gt=1)
-
-    @property
-    def varied(self) -> str:
-        """The factor."""
-        return self.factor
-
-
-class AboveNullClaim(ClaimBase):
-    """Masks of runs that differ in ``between`` overlap more than ``null`` expects."""
-
-    kind: Literal["above_null"]
-    response: str = "overlap.bitwise"
-    between: str = "seed"
-    null: Literal["uniform", "tensor", "magnitude"] = "magnitude"
-    margin: float = Field(1.1, ge=1)
-
-    @property
-    def varied(self) -> str:
-        """What the runs of a pair differ in."""
-        return canonical_path(self.between)
-
-
-Claim = Annotated[
-    ExactClaim | WithinClaim | GreaterClaim | EquivalentClaim | AboveNullClaim,
-    Field(discriminator="kind"),
-]
-
-
 class Resources(Config):
     """What one trial occupies; part of the trial's identity where it can change bits."""
 
@@ -163,36 +58,35 @@ class Resources(Config):
     max_failures: int = Field(2, ge=0)
 
 
-class Study(Config):
-    """One question, its grid of trials and its claims. Field by field what the YAML file holds."""
+class StudyBase(Config):
+    """What the analysis needs of a study: its question, factors and claims.
+
+    ``interactions`` are pairs of factors, for the factorial model.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     question: str
-    baseline: TrialConfig
     factors: dict[str, Annotated[list[Level], Field(min_length=1)]] = Field(default_factory=dict)
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1)]
+    interactions: tuple[tuple[str, str], ...] = ()
     controls: tuple[Control, ...] = ()
     views: tuple[View, ...] = ()
+    spectrum: Literal["off", "auto", "exact"] = "off"
     claims: tuple[Claim, ...] = ()
-    resources: Resources = Resources()
 
     @model_validator(mode="after")
-    def _consistent(self) -> "Study":
+    def _distinct(self) -> "StudyBase":
         given: list[tuple[str, list[str]]] = [
-            ("seeds", [str(seed) for seed in self.seeds]),
             ("controls", list(self.controls)),
             ("views", list(self.views)),
             ("claim ids", [claim.id for claim in self.claims]),
         ]
         for what, values in given:
-            twice = sorted({value for value in values if values.count(value) > 1})
-            if twice:
-                raise ValueError(f"{what} {twice} given more than once")
+            refuse_twice(what, values)
         return self
 
     @property
     def default_view(self) -> View:
-        """bf16 when precision varies, else the stored format of the baseline."""
+        """bf16 when precision varies, else the stored format."""
         return "bf16" if "train.precision" in self.factors else "stored"
 
     @property
@@ -200,6 +94,55 @@ class Study(Config):
         """Views that the diff stage measures, the default one first, then those of claims."""
         named = [c.response.split("@")[1] for c in self.claims if "@" in c.response]
         return tuple(dict.fromkeys([self.default_view, *self.views, *named]))
+
+    def reference_level(self, path: str) -> str:
+        """Label of the level that effects of ``path`` are measured against: the first."""
+        return level_label(self.factors[path][0])
+
+
+class Study(StudyBase):
+    """One question, its grid of trials and its claims. Field by field what the YAML file holds."""
+
+    baseline: TrialConfig
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1)]
+    resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _distinct_seeds(self) -> "Study":
+        refuse_twice("seeds", [str(seed) for seed in self.seeds])
+        return self
+
+    def reference_level(self, path: str) -> str:
+        """The baseline's own value when it is a level, else the first level."""
+        own = self.baseline.model_dump(mode="json", exclude={"seed"})
+        levels = self.factors[path]
+        is_own = (one for one in levels if has(own, path) and at_level(own, path, one) == own)
+        return level_label(next(is_own, levels[0]))
+
+
+class PairStudy(StudyBase):
+    """A study of runs made elsewhere: checkpoint pairs, listed in a CSV file.
+
+    ``pairs`` has a row per checkpoint: before, after, step, seed, score, and a column per factor,
+    named by its path. ``factors`` are these columns with the values that occur; ``reference`` says
+    against which one effects are measured, else the first that occurs. What is known of every run
+    but varies nowhere (learning rate, precision) stands in ``settings``, by path.
+    """
+
+    pairs: str
+    reference: dict[str, Scalar] = Field(default_factory=dict)
+    settings: dict[str, Scalar] = Field(default_factory=dict)
+
+    def reference_level(self, path: str) -> str:
+        """See the class."""
+        return level_label(self.reference.get(path, self.factors[path][0]))
+
+
+def refuse_twice(what: str, values: Sequence[str]) -> None:
+    """Raise ValueError if a value is there more than once."""
+    twice = sorted({value for value in values if values.count(value) > 1})
+    if twice:
+        raise ValueError(f"{what} {twice} given more than once")
 
 
 @dataclass(frozen=True)
@@ -354,17 +297,6 @@ def collapsed_factors(study: Study) -> dict[str, list[str]]:
                 head = TAGS.get(f"{path.partition('.')[0]}.name", "algorithm")
                 missing.setdefault(path, set()).add(config[head]["name"])
     return {path: sorted(names) for path, names in missing.items()}
-
-
-def reference_level(study: Study, path: str) -> str:
-    """Label of the level that effects of ``path`` are measured against.
-
-    The baseline's own value when it is a level, else the first level.
-    """
-    levels = study.factors[path]
-    own = study.baseline.model_dump(mode="json", exclude={"seed"})
-    is_own = (level for level in levels if has(own, path) and at_level(own, path, level) == own)
-    return level_label(next(is_own, levels[0]))
 
 
 def _cells(study: Study) -> list[_Cell]:

@@ -9,19 +9,12 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from rlsparse.claim_config import EquivalentClaim, GreaterClaim
 from rlsparse.config import TrialConfig
 from rlsparse.definitions import DEFINITIONS, VIEWS
 from rlsparse.errors import ConfigError, nearest
 from rlsparse.levels import Scalar, canonical_path, paths_of
-from rlsparse.study import (
-    EquivalentClaim,
-    GreaterClaim,
-    Study,
-    StudyError,
-    Trial,
-    expand,
-    left_out,
-)
+from rlsparse.study import Study, StudyError, Trial, expand, left_out
 from rlsparse.variants import Location, distinct, explain, place_of
 
 

@@ -1,9 +1,6 @@
-"""Arrow schemas of all tables: the contract between the stages. Read this first.
+"""Reads, writes and checks the tables; what is in them is in ``schemas``.
 
-A table is a Parquet file or a folder of Parquet files. Fractions lie in [0, 1], ``num_*`` are
-counts, ``*_s`` seconds, ``*_bytes`` bytes. A chunk is a run of consecutive whole rows of a tensor's
-2-D view, at most 2^22 elements, starting at a multiple of 64 elements (``start`` is its first
-element in the flat tensor); all trials of a base share the same chunks.
+A table is a Parquet file or a folder of Parquet files.
 """
 
 from pathlib import Path
@@ -11,10 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlsparse.definitions import DEFINITIONS, RANK_TOLERANCES
 from rlsparse.errors import TableError
-
-SCHEMA_VERSION = "2"
+from rlsparse.schemas import OLDER_VERSIONS, SCHEMA_VERSION, SCHEMAS
 
 EVER_CHANGED = "ever_changed.mask.safetensors"
 """File of a trial: every weight that differed from the base after any step."""
@@ -25,244 +20,6 @@ SUMMARY = "summary.json"
 def snapshot_folder(step: int) -> str:
     """Folder of a trial that holds the patch of one snapshot."""
     return f"snapshots/step-{step:06d}"
-
-
-_counts = pa.list_(pa.int64())
-_key = [("tensor", pa.string()), ("layer", pa.int32()), ("module", pa.string())]
-_chunk = [("chunk", pa.int32()), ("start", pa.int64()), ("num_elements", pa.int64())]
-
-
-def _schema(fields: list[tuple[str, pa.DataType]]) -> pa.Schema:
-    return pa.schema(fields, metadata={"rlsparse_schema": SCHEMA_VERSION})
-
-
-SCHEMAS: dict[str, pa.Schema] = {
-    # One row per planned trial, failed ones included. A column `factor.<path>` per factor, holding
-    # the level's label (null where the factor does not exist for the trial), follows these.
-    "trials": _schema(
-        [
-            ("trial_id", pa.string()),
-            ("status", pa.string()),  # planned, running, finished, failed
-            ("error", pa.string()),
-            ("cell", pa.string()),  # JSON object: factor path -> level label
-            ("algorithm", pa.string()),
-            ("seed", pa.int64()),
-            ("replicate", pa.int32()),
-            ("role", pa.string()),  # baseline, factor, control, surrogate
-            ("control", pa.string()),  # name of the control (`study.Control`), or null
-            ("precision", pa.string()),
-            ("learning_rate", pa.float64()),
-            ("num_steps", pa.int64()),
-            ("score_base", pa.float64()),
-            ("score_before", pa.float64()),
-            ("score_after", pa.float64()),
-            ("num_eval_problems", pa.int64()),
-            ("gate_ratio", pa.float64()),  # 256 * learning_rate / median |w|
-            ("num_clipped_steps", pa.int64()),
-            ("kl_final", pa.float64()),  # KL(trained || base) per token, on samples of the trained
-            ("patch_bytes", pa.int64()),
-            ("wall_s", pa.float64()),
-            ("cpu_s", pa.float64()),
-            ("peak_bytes", pa.int64()),
-            ("attempts", pa.int32()),
-            ("host", pa.string()),
-            ("versions", pa.string()),  # JSON object
-        ]
-    ),
-    # One row per optimizer step, and step 0 with the score before training. `score` is null except
-    # at snapshots.
-    "steps": _schema(
-        [
-            ("trial_id", pa.string()),
-            ("step", pa.int64()),
-            ("loss", pa.float64()),
-            ("reward", pa.float64()),
-            ("kl", pa.float64()),
-            ("entropy", pa.float64()),
-            ("grad_norm", pa.float64()),  # before clipping
-            ("clipped_fraction", pa.float64()),  # share of optimizer steps clipped since last row
-            ("learning_rate", pa.float64()),
-            ("num_tokens", pa.int64()),  # cumulative
-            ("data_nll", pa.float64()),
-            ("score", pa.float64()),
-        ]
-    ),
-    # What a trial scored, one row per evaluation; step 0 is before training.
-    "eval": _schema(
-        [
-            ("trial_id", pa.string()),
-            ("step", pa.int64()),
-            ("split", pa.string()),
-            ("num_correct", pa.float64()),
-            ("num_problems", pa.int64()),
-            ("score", pa.float64()),
-        ]
-    ),
-    "base_tensors": _schema(
-        [
-            ("base", pa.string()),
-            *_key,
-            ("shape", pa.list_(pa.int64())),
-            ("dtype", pa.string()),
-            *_chunk,
-            ("sum_sq", pa.float64()),
-            ("magnitude_histogram", _counts),
-        ]
-    ),
-    # One row per trial x snapshot x view x tensor chunk; step_before is 0, the base.
-    "tensor_deltas": _schema(
-        [
-            ("trial_id", pa.string()),
-            ("step_before", pa.int64()),
-            ("step_after", pa.int64()),
-            ("view", pa.string()),
-            *_key,
-            ("dtype", pa.string()),
-            *_chunk,
-            *((f"num_changed_{name}", pa.int64()) for name in DEFINITIONS),
-            ("ulp_histogram", _counts),
-            ("magnitude_histogram_changed", _counts),
-            ("sum_sq_before", pa.float64()),
-            ("sum_sq_delta", pa.float64()),
-            ("sum_abs_delta", pa.float64()),
-            ("max_abs_delta", pa.float64()),
-            ("num_sign_flips", pa.int64()),
-            ("num_zero_sign_flips", pa.int64()),
-            ("num_nonfinite", pa.int64()),
-            ("num_nan", pa.int64()),
-        ]
-    ),
-    # One row per matrix and view: changed weights per row and per column of its 2-D view.
-    "stripes": _schema(
-        [
-            ("trial_id", pa.string()),
-            ("step_before", pa.int64()),
-            ("step_after", pa.int64()),
-            ("view", pa.string()),
-            *_key,
-            ("num_rows", pa.int64()),
-            ("num_columns", pa.int64()),
-            ("row_counts", _counts),
-            ("column_counts", _counts),
-        ]
-    ),
-    # Packed masks of bitwise change: bit i of byte j is element start + 8 * j + i.
-    "masks": _schema(
-        [
-            ("trial_id", pa.string()),
-            ("step", pa.int64()),
-            ("kind", pa.string()),  # final, snapshot, ever_changed
-            ("view", pa.string()),
-            *_key,
-            *_chunk,
-            ("mask", pa.large_binary()),
-        ]
-    ),
-    # One row per unordered pair of trials (trial_a < trial_b) x module (null = all weights).
-    # The expected_* are counts expected for num_both under each null.
-    "overlaps": _schema(
-        [
-            ("trial_a", pa.string()),
-            ("step_a", pa.int64()),
-            ("trial_b", pa.string()),
-            ("step_b", pa.int64()),
-            ("definition", pa.string()),
-            ("view", pa.string()),
-            ("tensor", pa.string()),
-            ("module", pa.string()),
-            ("num_elements", pa.int64()),
-            ("num_a", pa.int64()),
-            ("num_b", pa.int64()),
-            ("num_both", pa.int64()),
-            ("expected_uniform", pa.float64()),
-            ("expected_tensor", pa.float64()),
-            ("expected_magnitude", pa.float64()),
-        ]
-    ),
-    # One row per matrix and kind: `update`, and its `null`, a random matrix of single representable
-    # steps of the same density. Null where a statistic is undefined; see `spectrum.Spectrum`.
-    "spectra": _schema(
-        [
-            ("trial_id", pa.string()),
-            ("step_before", pa.int64()),
-            ("step_after", pa.int64()),
-            ("view", pa.string()),
-            *_key,
-            ("shape", pa.list_(pa.int64())),
-            ("dtype", pa.string()),
-            ("kind", pa.string()),
-            ("method", pa.string()),  # exact, gram
-            ("seed", pa.int64()),
-            ("num_elements", pa.int64()),
-            ("num_nonfinite", pa.int64()),
-            ("num_changed", pa.int64()),
-            *((f"rank_{name}", pa.int64()) for name in RANK_TOLERANCES),
-            *((f"rank_share_{name}", pa.float64()) for name in RANK_TOLERANCES),
-            ("energy_rank", pa.int64()),  # of 99 % of the squared norm
-            ("entropy_rank", pa.float64()),
-            ("stable_rank", pa.float64()),
-            ("frobenius_norm", pa.float64()),
-            ("sigma_max", pa.float64()),
-            ("nss", pa.float64()),
-            ("nss_random", pa.float64()),  # of Gaussian noise of the same norm
-            ("principal_rank", pa.int64()),
-            ("cosines_left", pa.list_(pa.float64())),
-            ("cosines_right", pa.list_(pa.float64())),
-            ("top_1pct_share", pa.float64()),
-            ("top_10pct_share", pa.float64()),
-            ("mask_share", pa.float64()),
-            ("principal_lift", pa.float64()),
-            ("principal_lift_in_decile", pa.float64()),
-            ("low_lift", pa.float64()),
-            ("low_lift_in_decile", pa.float64()),
-            ("row_dispersion", pa.float64()),
-            ("column_dispersion", pa.float64()),
-            ("untouched_row_share", pa.float64()),
-            ("untouched_column_share", pa.float64()),
-            ("top_row_share", pa.float64()),
-            ("top_column_share", pa.float64()),
-            ("looks_like_adapter", pa.bool_()),
-        ]
-    ),
-    "effects": _schema(
-        [
-            ("response", pa.string()),
-            ("factor", pa.string()),
-            ("level", pa.string()),
-            ("reference", pa.string()),
-            ("within", pa.string()),  # JSON object: the other factors, held fixed
-            ("method", pa.string()),
-            ("scale", pa.string()),  # of the estimate: log_odds, log, identity
-            ("estimate", pa.float64()),
-            ("ci_low", pa.float64()),
-            ("ci_high", pa.float64()),
-            ("ci_level", pa.float64()),
-            ("p_value", pa.float64()),
-            ("p_adjusted", pa.float64()),  # Holm, over the rows of one response and factor
-            ("num_runs", pa.int64()),  # matched pairs
-        ]
-    ),
-    "claims": _schema(
-        [
-            ("id", pa.string()),
-            ("source", pa.string()),
-            ("kind", pa.string()),
-            ("statistic", pa.string()),
-            ("scope", pa.string()),
-            ("registered", pa.string()),  # registered, post hoc, extended
-            ("verdict", pa.string()),  # supported, refuted, undecided
-            ("estimate", pa.float64()),
-            ("ci_low", pa.float64()),
-            ("ci_high", pa.float64()),
-            ("margin", pa.float64()),
-            ("p_value", pa.float64()),
-            ("p_floor", pa.float64()),
-            ("num_runs", pa.int64()),
-            ("depends_on_definition", pa.bool_()),
-            ("note", pa.string()),
-        ]
-    ),
-}
 
 
 def check(table: pa.Table, name: str) -> pa.Table:
@@ -324,9 +81,12 @@ def read(path: Path, name: str) -> pa.Table:
         ) from error
     for file, part in zip(files, parts, strict=True):
         version = (part.schema.metadata or {}).get(b"rlsparse_schema", b"none").decode()
-        if version != SCHEMA_VERSION:
+        if version not in {SCHEMA_VERSION, *OLDER_VERSIONS}:
             raise TableError(
                 f"{file} has schema version {version}, this release reads {SCHEMA_VERSION}; "
                 "run the study again to rebuild its tables"
             )
-    return check(pa.concat_tables(parts, promote_options="default"), name)
+    # Columns that an older version lacks are null.
+    parts = [part.replace_schema_metadata(SCHEMAS[name].metadata) for part in parts]
+    whole = pa.concat_tables([*parts, SCHEMAS[name].empty_table()], promote_options="default")
+    return check(whole, name)

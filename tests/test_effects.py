@@ -9,10 +9,11 @@ import pyarrow as pa
 import pytest
 
 from rlsparse import effects, tables
+from rlsparse.claim_config import At
 from rlsparse.config import ModelConfig
 from rlsparse.definitions import DEFINITIONS
 from rlsparse.identity import canonical_json
-from rlsparse.study import At, Study, Trial, expand
+from rlsparse.study import Study, Trial, expand
 
 N = 1_000_000
 GRPO, NESTED = "algorithm.name", "algorithm.kl_coef"

@@ -8,7 +8,7 @@ from command import StudyRun
 
 from pipelines import aggregate
 from pipelines.plan import make_plan
-from rlsparse.study import ExactClaim
+from rlsparse.claim_config import ExactClaim
 
 
 def test_failed_and_missing_trials_are_rows(study_copy: StudyRun) -> None:

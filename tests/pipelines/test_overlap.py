@@ -10,8 +10,9 @@ from command import StudyRun
 from pipelines import overlap
 from pipelines.plan import Plan, make_plan
 from rlsparse import tables
+from rlsparse.claim_config import AboveNullClaim, At
 from rlsparse.overlap import overlaps
-from rlsparse.study import AboveNullClaim, At, Study
+from rlsparse.study import Study
 
 
 def read(run: StudyRun, name: str) -> pa.Table:
