@@ -273,8 +273,8 @@ class TrainConfig(Config):
 class ProbeConfig(Config):
     """What is measured while training.
 
-    ``snapshots`` are the optimizer steps after which a patch is written and the model is scored;
-    the last step is always one.
+    ``snapshots`` are the optimizer steps after which a patch is written; the last step is always
+    one. ``score_snapshots``: at each, the held-out score and the KL divergence to the base too.
     """
 
     snapshots: tuple[Annotated[int, Field(ge=1)], ...] = ()

@@ -45,6 +45,7 @@ class Probe(TrainerCallback):  # type: ignore[misc]
         base_fingerprint: content hash that each patch names as its base.
         out_dir: folder of the trial; ``snapshots/step-000010/`` and so on are made in it.
         score: greedy held-out score of the model as it is.
+        distance: KL divergence of the model as it is to the base.
         on_progress: called after each logged step with the row of table ``steps``.
     """
 
@@ -56,6 +57,7 @@ class Probe(TrainerCallback):  # type: ignore[misc]
         base_fingerprint: str,
         out_dir: Path,
         score: Callable[[], Score],
+        distance: Callable[[], float],
         on_progress: Callable[[dict[str, Any]], None],
     ) -> None:
         self.config = config
@@ -64,8 +66,10 @@ class Probe(TrainerCallback):  # type: ignore[misc]
         self.out_dir = out_dir
         self.rows: dict[int, dict[str, Any]] = {}
         self.scores: dict[int, Score] = {}
+        self.distances: dict[int, float] = {}
         self.patch_bytes = 0
         self._score = score
+        self._distance = distance
         self._on_progress = on_progress
         self._base = {name: bits.clone() for name, bits in self._stored_bits()}
         self._ever = {name: torch.zeros_like(b, dtype=torch.bool) for name, b in self._base.items()}
@@ -78,8 +82,8 @@ class Probe(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Score the model before the first step, under the trainer's own autocast."""
-        self.scores[0] = self._score()
-        self.rows[0] = {"step": 0, "score": self.scores[0].fraction}
+        self.scores[0], self.distances[0] = self._score(), 0.0
+        self.rows[0] = {"step": 0, **self._measured(0)}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Note what changed; at a snapshot, write the patch and score the model.
@@ -97,7 +101,7 @@ class Probe(TrainerCallback):  # type: ignore[misc]
             self._write_snapshot(step)
             last = step == self.config.train.num_steps
             if last or self.config.probe.score_snapshots:
-                self.scores[step] = self._score()
+                self.scores[step], self.distances[step] = self._score(), self._distance()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Keep one row of table ``steps``.
@@ -119,9 +123,12 @@ class Probe(TrainerCallback):  # type: ignore[misc]
         if self.config.algorithm.name in ("sft", "rft"):
             row["data_nll"] = row["loss"]
         if step in self.scores:
-            row["score"] = self.scores[step].fraction
+            row |= self._measured(step)
         self.rows[step] = {"step": step, **row}
         self._on_progress(self.rows[step])
+
+    def _measured(self, step: int) -> dict[str, float]:
+        return {"score": self.scores[step].fraction, "kl_base": self.distances[step]}
 
     def _write_snapshot(self, step: int) -> None:
         folder = self.out_dir / snapshot_folder(step)

@@ -77,6 +77,7 @@ def train_trial(
         base_fingerprint=base_fingerprint,
         out_dir=out_dir,
         score=lambda: _score(context, context.model),
+        distance=lambda: _distance(context, base_dir),
         on_progress=on_progress,
     )
     trainer = ALGORITHMS[config.algorithm.name](context)
@@ -99,7 +100,7 @@ def train_trial(
         "num_eval_problems": config.task.num_eval_problems,
         "gate_ratio": 256 * config.train.learning_rate / median,
         "num_clipped_steps": int(sum(clipped)),
-        "kl_final": _distance(context, base_dir),
+        "kl_final": probe.distances[last],
         "patch_bytes": probe.patch_bytes,
         "wall_s": time.monotonic() - started,
         "cpu_s": time.process_time() - cpu_started,
@@ -157,26 +158,39 @@ def _problems(
 def _score(context: TrialContext, model: Any) -> Score:
     """Held-out greedy score; leaves torch's random state as it was."""
     problems = _problems(context.config, context.task, context.tokenizer, "test")
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    with _forked_random_state():
         return evaluate(model, context.tokenizer, context.task, problems)
 
 
 def _distance(context: TrialContext, base_dir: Path) -> float:
-    """KL of the trained model to the base on its own samples for the test problems."""
-    precision, device = context.config.train.precision, context.model.device
-    base = load_model(base_dir, precision).to(device).eval()
-    problems = _problems(context.config, context.task, context.tokenizer, "test")
-    torch.manual_seed(context.config.sampling_seed)
-    # The trainer has wrapped the trained model in autocast for good.
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
-        return kl_divergence(
-            context.model.eval(),
+    """KL of the model to the base on its own samples; leaves torch's random state as it was.
+
+    The samples are of the test problems, drawn under the same seed at every snapshot. The base is
+    loaded anew each time, so that training holds no copy of it.
+    """
+    config, model = context.config, context.model
+    precision, was_training = config.train.precision, model.training
+    base = load_model(base_dir, precision).to(model.device).eval()
+    problems = _problems(config, context.task, context.tokenizer, "test")
+    # The trainer has wrapped the trained model in autocast, but not the base.
+    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
+    with _forked_random_state(), autocast:
+        torch.manual_seed(config.sampling_seed)
+        distance = kl_divergence(
+            model.eval(),
             base,
             context.tokenizer,
             [problem.prompt for problem in problems],
             max_new_tokens=context.task.max_completion_tokens,
         )
+    model.train(was_training)
+    return distance
+
+
+def _forked_random_state() -> contextlib.AbstractContextManager[None]:
+    """Within it, torch's random numbers are drawn without effect on those drawn after it."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    return torch.random.fork_rng(devices=devices)
 
 
 def _score_stored(context: TrialContext, base_dir: Path) -> Score | None:

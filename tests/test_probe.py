@@ -44,6 +44,7 @@ class Bench:
             base_fingerprint="f",
             out_dir=folder,
             score=self.score,
+            distance=lambda: self.num_scored / 100,
             on_progress=self.progress.append,
         )
 
@@ -129,7 +130,7 @@ def test_masters_are_rounded_to_what_is_stored(tiny_trial, tmp_path, precision, 
 
 def test_scores_and_rows(bench):
     bench.probe.on_train_begin(None, None, None)
-    assert bench.probe.rows == {0: {"step": 0, "score": 0.1}}
+    assert bench.probe.rows == {0: {"step": 0, "score": 0.1, "kl_base": 0.0}}
     for number in (1, 2, 3, 4):
         bench.step(number, loss=0.5, grad_norm=number / 2, learning_rate=1e-4, other=3.0)
     assert bench.num_scored == 3  # before, at the snapshot, at the end

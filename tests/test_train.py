@@ -21,7 +21,7 @@ from rlsparse.errors import PatchError, TrialError
 from rlsparse.models.loading import load_model, load_tokenizer
 from rlsparse.patch import Patch, TensorPair, apply_patch, verify_patch, write_patch
 from rlsparse.tasks import load_task
-from rlsparse.tasks.generate import evaluate
+from rlsparse.tasks.generate import evaluate, kl_divergence
 from rlsparse.train import environment
 
 TORCH_FORMATS = {"bf16": (torch.bfloat16, torch.int16), "fp32": (torch.float32, torch.int32)}
@@ -247,6 +247,33 @@ def test_a_model_that_is_the_base_has_no_distance_to_it(trained, tiny_trial, bas
     assert trained(config, base).summary["kl_final"] == 0
 
 
+def test_the_distance_along_training_is_that_of_the_snapshots(
+    trained, tiny_trial, base, tmp_path
+):
+    probe = {"snapshots": [1, 2]}
+    config = tiny_trial("grpo", num_steps=3, precision="fp32", learning_rate=1e-3, probe=probe)
+    trial = trained(config, base)
+    rows = tables.read(trial.folder / "steps.parquet", "steps").to_pylist()
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert rows[0]["kl_base"] == 0
+    assert rows[3]["kl_base"] == trial.summary["kl_final"]
+    tokenizer, model = load_tokenizer(base.path), load_model(base.path, "fp32").eval()
+    prompts = [problem.prompt for problem in load_task(config.task).problems("test", 16)]
+    for step in (1, 2, 3):
+        name = f"snapshots/step-{step:06d}/weights.patch.safetensors"
+        apply_patch(base.path, trial.folder / name, tmp_path / str(step))
+        torch.manual_seed(config.sampling_seed)
+        distance = kl_divergence(
+            load_model(tmp_path / str(step), "fp32").eval(),
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=config.task.max_completion_tokens,
+        )
+        assert rows[step]["kl_base"] == pytest.approx(distance, rel=1e-5, abs=0)
+    assert rows[1]["kl_base"] < rows[3]["kl_base"]
+
+
 # --- the files -------------------------------------------------------------------------------
 
 
@@ -268,7 +295,7 @@ def test_steps_table(watched):
     assert {row["trial_id"] for row in rows} == {"0123456789ab"}
     assert all(row["score"] is not None for row in rows)
     assert {key for key, value in rows[0].items() if value is not None} == {
-        "trial_id", "step", "score",
+        "trial_id", "step", "score", "kl_base",
     }  # fmt: skip
     for row in rows[1:]:
         present = {key for key, value in row.items() if value is not None}
