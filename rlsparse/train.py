@@ -30,6 +30,8 @@ from rlsparse.tasks import Problem, Task, load_reward, load_task, render_prompts
 from rlsparse.tasks.generate import Score, evaluate, kl_divergence
 
 _MEDIAN_SAMPLE = 2**22
+NUM_DISTANCE_PROBLEMS = 256
+"""Test problems, at most, on which the distance from the base is measured."""
 
 
 def train_trial(
@@ -165,8 +167,8 @@ def _score(context: TrialContext, model: Any) -> Score:
 def _distance(context: TrialContext, base_dir: Path) -> float:
     """KL of the model to the base on its own samples; leaves torch's random state as it was.
 
-    The samples are of the test problems, drawn under the same seed at every snapshot. The base is
-    loaded anew each time, so that training holds no copy of it.
+    The samples are of the first ``NUM_DISTANCE_PROBLEMS`` test problems, drawn under the same seed
+    at every snapshot. The base is loaded anew each time, so that training holds no copy of it.
     """
     config, model = context.config, context.model
     precision, was_training = config.train.precision, model.training
@@ -180,7 +182,7 @@ def _distance(context: TrialContext, base_dir: Path) -> float:
             model.eval(),
             base,
             context.tokenizer,
-            [problem.prompt for problem in problems],
+            [problem.prompt for problem in problems[:NUM_DISTANCE_PROBLEMS]],
             max_new_tokens=context.task.max_completion_tokens,
         )
     model.train(was_training)
