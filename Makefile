@@ -41,6 +41,9 @@ bench: venv
 	$(BIN)/python tests/benchmarks/bench_measure.py
 	$(BIN)/python tests/benchmarks/bench_diff.py
 	$(BIN)/python tests/benchmarks/bench_pairs.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_overlap.py
 	$(BIN)/python tests/benchmarks/bench_spectrum.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_aggregate.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_trial.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_report.py
 	$(BIN)/python tests/benchmarks/bench_gpu.py

@@ -1,202 +1,188 @@
-"""Builds the small tables of a study from what its trials left: trials, steps, effects, claims."""
+"""From tables to verdicts: effects, claims and the report of a study, from its tables alone.
 
-import json
-from typing import Any
+Neither trials, nor base models, nor Ray, nor torch are needed. Large tables are read one trial at a
+time, and of these only the columns that are summed.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipelines.diff import read_parts, write_table
-from pipelines.plan import Plan
-from pipelines.storage import MARKER
-from rlsparse import tables
+from pipelines import record
+from pipelines.storage import Storage
+from pipelines.table_files import read_parts, read_table, table_file, write_table
+from rlsparse.changes import (
+    CHANGES_COLUMNS,
+    MAGNITUDES_COLUMNS,
+    sum_changes,
+    sum_magnitudes,
+)
 from rlsparse.claims import judge
-from rlsparse.config import TrialConfig
 from rlsparse.effects import effects
-from rlsparse.errors import RlsparseError, TrialError
-from rlsparse.identity import canonical_json
-from rlsparse.patch import PATCH_FILE, Patch
+from rlsparse.errors import TableError
+from rlsparse.factorial import factorial
+from rlsparse.overlap_effects import overlap_effects
+from rlsparse.report.study_page import build_report
 from rlsparse.responses import responses
 from rlsparse.schemas import SCHEMAS
-from rlsparse.study import Study, Trial
-from rlsparse.tables import SUMMARY, snapshot_folder
+from rlsparse.study import StudyBase
 
-SMALL_TABLES = ("trials", "steps", "overlaps", "effects", "claims")
-"""Tables that are one file each; the others are a folder with one part per trial or base."""
+Tables = dict[str, pa.Table]
 
-
-def trials_table(plan: Plan) -> pa.Table:
-    """Table ``trials``: every trial of the plan, failed and missing ones too.
-
-    Further columns: ``config`` (JSON of the resolved trial), ``label``, and ``factor.<path>`` with
-    the level of each factor that the trial has.
-    """
-    rows = []
-    for trial in plan.trials:
-        entry = plan.ledger.get(trial.trial_id)
-        row: dict[str, Any] = {
-            "trial_id": trial.trial_id,
-            "status": entry.status,
-            "error": entry.error,
-            "cell": canonical_json(trial.cell),
-            "algorithm": trial.config.algorithm.name,
-            "seed": trial.config.seed,
-            "replicate": trial.replicate,
-            "role": trial.role,
-            "control": trial.control,
-            "precision": trial.config.train.precision,
-            "learning_rate": trial.config.train.learning_rate,
-            "num_steps": trial.config.train.num_steps,
-            "attempts": entry.attempts,
-            "host": entry.host,
-            "versions": canonical_json(entry.versions),
-            "config": canonical_json(trial.config.model_dump(mode="json")),
-            "label": trial.label,
-            **{f"factor.{path}": trial.cell.get(path) for path in plan.study.factors},
-        }
-        if entry.status == "finished":
-            row |= plan.storage.read_json(f"trials/{trial.trial_id}/{SUMMARY}")
-        rows.append(row)
-    return tables.from_rows(rows, "trials")
+GIVEN = ("trials", "steps", "overlaps", "consensus")
+"""Tables of one file that must be there."""
+CONCLUDED = ("changes", "magnitudes", "effects", "terms", "means", "claims")
+"""Tables that ``conclude`` makes."""
+REPORT_FILES = ("index.html", "report.json")
 
 
-def steps_table(plan: Plan) -> pa.Table:
-    """Table ``steps`` of all finished trials, in the order of the plan."""
-    parts = [SCHEMAS["steps"].empty_table()]
-    for trial in plan.finished():
-        with plan.storage.local_copy(f"trials/{trial.trial_id}/steps.parquet") as path:
-            parts.append(tables.read(path, "steps"))
-    return pa.concat_tables(parts)
-
-
-def identical_replicates(plan: Plan) -> dict[str, bool]:
-    """Same-seed rerun -> whether all its patches equal the original's, bit for bit."""
-    finished = plan.finished()
-    originals = {t.config: t for t in finished if t.replicate == 0}
-    return {
-        trial.trial_id: _weights(plan, trial) == _weights(plan, originals[trial.config])
-        for trial in finished
-        if trial.replicate > 0 and trial.config in originals
-    }
-
-
-def check_seeds(plan: Plan) -> None:
-    """Refuse finished trials that differ in the seed alone and changed the same weights alike.
-
-    Their seed does not reach training, so they are no replications of each other. Trials that
-    changed nothing (learning rate 0) are alike in any case.
+def rebuild(storage: Storage, *, allow_missing: bool) -> tuple[StudyBase, Tables]:
+    """Judge a study again and write its report, from ``study.json`` and its tables alone.
 
     Raises:
-        TrialError: there are such trials; names them.
+        ConfigError: the folder holds no study.
+        TableError: tables are missing.
     """
-    alike: dict[tuple[TrialConfig, int, str], list[Trial]] = {}
-    for trial in plan.finished():
-        last = f"{snapshot_folder(trial.config.train.num_steps)}/{PATCH_FILE}"
-        files = plan.storage.read_json(f"trials/{trial.trial_id}/{MARKER}")["files"]
-        rest = trial.config.model_copy(update={"seed": 0})
-        # The same weights give the same bytes of the patch.
-        alike.setdefault((rest, trial.replicate, files[last]["sha256"]), []).append(trial)
-    groups = [group for group in alike.values() if len(group) > 1 and _changed(plan, group[0])]
-    if groups:
-        named = "; ".join(
-            " = ".join(f"{trial.label} ({trial.trial_id})" for trial in group) for group in groups
-        )
-        raise TrialError(
-            "seed not plumbed: trials of different seeds left the same weights, bit for bit: "
-            f"{named}; give more train problems than fit a batch, let train.data_seed, "
-            "algorithm.sampling_seed or algorithm.init_seed follow the seed (null), or see where "
-            "the algorithm loses it"
-        )
+    study, content = record.read(storage)
+    seeds = content.get("seeds", content["registered"]["seeds"])
+    registered = record.registration(storage, study, seeds)
+    with storage.lock():
+        for stage in ("aggregate", "mlflow"):  # whose results are not those of its inputs any more
+            storage.delete(f"stages/{stage}.json")
+        tables = conclude(study, storage, registered, allow_missing=allow_missing)
+        write_report(study, storage, tables, allow_missing=allow_missing)
+    return study, tables
 
 
-def _changed(plan: Plan, trial: Trial) -> bool:
-    last = snapshot_folder(trial.config.train.num_steps)
-    with plan.storage.local_copy(f"trials/{trial.trial_id}/{last}/{PATCH_FILE}") as path:
-        return Patch.open(path).num_changed > 0
-
-
-def run(plan: Plan, registered: dict[str, str]) -> dict[str, pa.Table]:
-    """Make the small tables and write them; those of the diff and overlap stages must be there.
+def conclude(
+    study: StudyBase, storage: Storage, registered: Mapping[str, str], *, allow_missing: bool
+) -> Tables:
+    """Make the tables ``CONCLUDED`` of those that the stages before left, and write them.
 
     Args:
-        plan: the study.
+        study: the study.
+        storage: its folder. It holds ``GIVEN`` (``trials`` with the columns config, label, and
+            base: fingerprint), parts of ``tensor_deltas`` by trial and of ``base_tensors`` by the
+            first 12 digits of their fingerprint, and those of ``spectra`` if the study has any.
         registered: claim id -> registered, post hoc or extended.
+        allow_missing: judge claims although trials of theirs are missing.
 
     Returns:
-        All tables of the study but ``masks``.
+        All tables that the report shows.
+
+    Raises:
+        TableError: tables are missing; names them and the remedy.
     """
-    result = _measured(plan) | {
-        "trials": trials_table(plan),
-        "steps": steps_table(plan),
-        "overlaps": _small(plan, "overlaps"),
-    }
-    trials, steps, deltas = (result[name] for name in ("trials", "steps", "tensor_deltas"))
-    frame = responses(trials, steps, deltas, plan.study.default_view)
-    result["effects"] = effects(plan.study, trials, frame)
-    result["claims"] = judge(
-        plan.study,
-        registered,
-        trials,
-        steps,
-        deltas,
-        result["overlaps"],
-        identical_replicates(plan),
+    _check_there(storage)
+    result = {name: read_table(storage, name) for name in GIVEN}
+    trials, steps, overlaps = (result[name] for name in ("trials", "steps", "overlaps"))
+    changes, result["magnitudes"] = sum_parts(storage, trials)
+    frame = responses(trials, steps, changes, study.default_view)
+    result["changes"] = changes
+    of_runs, of_pairs = (
+        effects(study, trials, frame, changes),
+        overlap_effects(study, trials, overlaps),
     )
-    for name in SMALL_TABLES:
-        write_table(plan.storage, result[name], name, f"{name}.parquet")
-    return result
+    result["effects"] = pa.concat_tables([of_runs, of_pairs], promote_options="default")
+    result["terms"], result["means"] = factorial(study, trials, frame)
+    result["claims"] = judge(
+        study, registered, trials, steps, changes, overlaps, allow_missing=allow_missing
+    )
+    for name in CONCLUDED:
+        write_table(storage, result[name], name)
+    spectra = sorted(_parts(storage, "spectra") & set(_finished(trials)))
+    return result | ({"spectra": read_parts(storage, "spectra", spectra)} if spectra else {})
 
 
-def load(plan: Plan) -> dict[str, pa.Table]:
-    """The tables that ``run`` returned, as they were written."""
-    return _measured(plan) | {name: _small(plan, name) for name in SMALL_TABLES}
+def sum_parts(storage: Storage, trials: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Tables ``changes`` and ``magnitudes`` of all finished trials, read one by one.
 
-
-def _measured(plan: Plan) -> dict[str, pa.Table]:
-    trials = plan.finished()
-    bases = sorted({plan.base(trial).fingerprint[:12] for trial in trials})
-    return {
-        "base_tensors": read_parts(plan.storage, "base_tensors", bases),
-        "tensor_deltas": read_parts(
-            plan.storage, "tensor_deltas", [trial.trial_id for trial in trials]
-        ),
-    }
-
-
-def _small(plan: Plan, name: str) -> pa.Table:
-    with plan.storage.local_copy(f"tables/{name}.parquet") as path:
-        return tables.read(path, name)
-
-
-def settings(study: Study) -> dict[str, Any]:
-    """What is varied and what is held fixed: the part of a study that its claims are about."""
-    return study.model_dump(mode="json", include={"baseline", "factors", "resources"})
-
-
-def registration(plan: Plan) -> dict[str, str]:
-    """Claim id -> registered, post hoc or extended, from what ``study.json`` froze.
-
-    A claim that was not there, or reads differently now, is post hoc, and so are all claims of a
-    study whose baseline or factors were changed; a study that got more seeds is extended.
+    Raises:
+        TableError: a part is missing.
     """
-    frozen = plan.storage.read_json("study.json")["registered"]
-    changed = frozen["settings"] != settings(plan.study)
-    result = {}
-    for claim in plan.study.claims:
-        same = frozen["claims"].get(claim.id) == claim.model_dump(mode="json")
-        known = same and not changed
-        more_seeds = set(plan.study.seeds) - set(frozen["seeds"])
-        result[claim.id] = "post hoc" if not known else "extended" if more_seeds else "registered"
-    return result
+    bases: Tables = {}
+    changes = [SCHEMAS["changes"].empty_table()]
+    magnitudes = [SCHEMAS["magnitudes"].empty_table()]
+    for trial, base in _finished(trials).items():
+        if base not in bases:
+            bases[base] = read_table(storage, "base_tensors", base[:12])
+        deltas = read_table(storage, "tensor_deltas", trial, CHANGES_COLUMNS)
+        changes.append(sum_changes(deltas))
+        is_last = pc.field("step_after") == pc.max(deltas["step_after"])
+        last = read_table(storage, "tensor_deltas", trial, MAGNITUDES_COLUMNS, is_last)
+        magnitudes.append(sum_magnitudes(last, bases[base]))
+    return pa.concat_tables(changes), pa.concat_tables(magnitudes)
 
 
-def _weights(plan: Plan, trial: Trial) -> str:
-    """What identifies the weights of all snapshots: checksums of every tensor."""
-    sums = []
-    for step in trial.config.snapshot_steps:
-        name = f"trials/{trial.trial_id}/{snapshot_folder(step)}/{PATCH_FILE}"
-        with plan.storage.local_copy(name) as path:
-            tensors = Patch.open(path).tensors
-            sums.append({tensor: entry.sha256 for tensor, entry in tensors.items()})
-    if not sums:
-        raise RlsparseError(f"trial {trial.trial_id} has no snapshots")
-    return json.dumps(sums, sort_keys=True)
+def load(storage: Storage) -> Tables:
+    """The tables that ``conclude`` returned, as they were written, but for ``spectra``."""
+    return {name: read_table(storage, name) for name in (*GIVEN, *CONCLUDED)}
+
+
+def write_report(
+    study: StudyBase, storage: Storage, tables: Tables, *, allow_missing: bool
+) -> None:
+    """Write the report of a study.
+
+    Args:
+        study: the study.
+        storage: its folder, with its ``study.json``.
+        tables: result of ``conclude``.
+        allow_missing: as given there.
+    """
+    trials = tables["trials"]
+    sums = {name: pc.sum(trials[name]).as_py() for name in ("wall_s", "cpu_s")}
+    hosts = sorted(set(trials["host"].drop_null().to_pylist()))
+    provenance = {
+        **record.provenance(storage),
+        **{name: value for name, value in sums.items() if value is not None},
+        "hosts": hosts,
+        "allow_missing": allow_missing,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        build_report(study, tables, Path(folder), provenance=provenance)
+        for name in REPORT_FILES:
+            storage.write_bytes(f"report/{name}", (Path(folder) / name).read_bytes())
+
+
+def _finished(trials: pa.Table) -> dict[str, str]:
+    """Finished trial -> fingerprint of its base."""
+    if "base" not in trials.column_names:
+        raise TableError(
+            "table trials lacks the column base (fingerprint of the base of each trial), an "
+            "earlier release wrote it; `rlsparse run` makes it again"
+        )
+    done = trials.filter(pc.equal(trials["status"], "finished"))
+    return dict(zip(done["trial_id"].to_pylist(), done["base"].to_pylist(), strict=True))
+
+
+def _check_there(storage: Storage) -> None:
+    """Raise one TableError that names every table that is missing."""
+    missing = [table_file(name) for name in GIVEN if not storage.exists(table_file(name))]
+    if not missing:
+        finished = _finished(read_table(storage, "trials"))
+        needed = {
+            "tensor_deltas": set(finished),
+            "base_tensors": {base[:12] for base in finished.values()},
+        }
+        missing = [
+            table_file(name, part)
+            for name, parts in needed.items()
+            for part in sorted(parts - _parts(storage, name))
+        ]
+    if not missing:
+        return
+    shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+    remedy = (
+        "`rlsparse run` with its study file makes what is missing from trials/"
+        if storage.exists("trials")
+        else "copy the whole folder tables/ of the study"
+    )
+    raise TableError(f"{storage.url} lacks {shown}: {remedy}")
+
+
+def _parts(storage: Storage, name: str) -> set[str]:
+    return {file.removesuffix(".parquet") for file in storage.list(table_file(name))}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -10,16 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from pipelines import preset_command
 from pipelines.diff_command import diff
 from rlsparse.errors import ConfigError, RlsparseError, RlsparseWarning
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
+    from pipelines.pair_plan import PairPlan
     from pipelines.plan import Plan
+    from rlsparse.study import PairStudy
 
 app = typer.Typer(
     help="How reinforcement learning changes the weights of language models.",
@@ -34,6 +34,10 @@ StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.yaml", show_default=Fa
 StorageUrl = Annotated[str, typer.Option(help="Folder or URL under which studies lie.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="k=v", help="Change a value of the study.")
+]
+AllowMissing = Annotated[
+    bool,
+    typer.Option("--allow-missing", help="Judge claims although trials of theirs are missing."),
 ]
 
 
@@ -60,17 +64,21 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print trials, time and bytes; write nothing.")
     ] = False,
-    allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Exit 0 although trials failed.")
-    ] = False,
+    allow_missing: AllowMissing = False,
     allow_mixed: Annotated[
         bool, typer.Option("--allow-mixed", help="Add to trials of other versions or hardware.")
     ] = False,
 ) -> None:
     """Run a study, all stages. Give the command again to resume: only what is left runs."""
+    from rlsparse.study import PairStudy
     from rlsparse.study_file import load_study
 
     loaded = load_study(study, overrides or [])
+    if isinstance(loaded, PairStudy):
+        if only or dry_run:
+            raise ConfigError(f"{study} is of runs made elsewhere: no --only and no --dry-run")
+        _run_pairs(loaded, storage, address, allow_missing=allow_missing)
+        return
     from pipelines.plan import make_plan
 
     plan = make_plan(loaded, storage, only)
@@ -82,16 +90,57 @@ def run(
     errors = Console(stderr=True)
     with interrupted_says_how_to_resume(errors):
         tables = run_study(
-            plan, console=errors, address=address, only=only, allow_mixed=allow_mixed
+            plan,
+            console=errors,
+            command=shlex.join(["rlsparse", *sys.argv[1:]]),
+            address=address,
+            only=only,
+            allow_missing=allow_missing,
+            allow_mixed=allow_mixed,
         )
     if only is None:
-        _print_results(plan, tables)
-    wanted = [t for t in plan.trials if only is None or t.trial_id.startswith(only)]
+        from pipelines import terminal
+
+        terminal.print_results(plan.study, tables)
+        terminal.print_places(_places(plan))
+    _say_missing(plan, only or "", allow_missing=allow_missing)
+
+
+def _run_pairs(
+    study: "PairStudy", storage: str, address: str | None, *, allow_missing: bool
+) -> None:
+    """``run`` for a study of runs made elsewhere."""
+    from pipelines import terminal
+    from pipelines.pair_plan import make_pair_plan
+    from pipelines.pair_study import run_pair_study
+    from pipelines.study import interrupted_says_how_to_resume
+
+    plan = make_pair_plan(study, storage)
+    errors = Console(stderr=True)
+    with interrupted_says_how_to_resume(errors):
+        tables = run_pair_study(
+            plan,
+            console=errors,
+            command=shlex.join(["rlsparse", *sys.argv[1:]]),
+            address=address,
+            allow_missing=allow_missing,
+        )
+    terminal.print_results(study, tables)
+    folder = terminal.relative(plan.storage.url)
+    terminal.print_places(
+        {"tables": f"{folder}/tables", "report": f"xdg-open {folder}/report/index.html"}
+    )
+    _say_missing(plan, allow_missing=allow_missing)
+
+
+def _say_missing(plan: "Plan | PairPlan", prefix: str = "", *, allow_missing: bool) -> None:
+    """Name the trials, of those whose id begins with ``prefix``, that are not there."""
     entries = plan.entries()
-    missing = [t for t in wanted if entries[t.trial_id].status != "finished"]
+    wanted = [trial for trial in plan.trials if trial.trial_id.startswith(prefix)]
+    missing = [trial for trial in wanted if entries[trial.trial_id].status != "finished"]
     for trial in missing:
         entry = entries[trial.trial_id]
-        errors.print(
+        Console(stderr=True).print(
             f"{entry.status}: {trial.label} ({trial.trial_id}): {entry.error or 'not run'}",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
@@ -145,14 +194,20 @@ def report(
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Also write report.json here.")
     ] = None,
+    allow_missing: AllowMissing = False,
 ) -> None:
-    """Build tables and report again from the trials of a study."""
-    from pipelines.study import rebuild
+    """Judge a study again and rebuild its report, from its study.json and tables alone."""
+    from pipelines import terminal
+    from pipelines.aggregate import rebuild
+    from pipelines.storage import Storage
 
-    plan = _plan_of(folder, "")
-    _print_results(plan, rebuild(plan, console=Console(stderr=True)))
+    storage = Storage(folder)
+    study, tables = rebuild(storage, allow_missing=allow_missing)
+    terminal.print_results(study, tables)
+    place = terminal.relative(storage.url)
+    terminal.print_places({"report": f"xdg-open {place}/report/index.html"})
     if json_path is not None:
-        _write(json_path, plan.storage.read_bytes("report/report.json").decode())
+        _write(json_path, storage.read_bytes("report/report.json").decode())
 
 
 app.command()(diff)
@@ -182,12 +237,13 @@ def make_base(
 @mlflow_app.command("sync")
 def mlflow_sync(folder: Annotated[str, typer.Argument(metavar="DIR", show_default=False)]) -> None:
     """Bring MLflow up to date with the files of a study; may be repeated."""
+    from pipelines.plan import Plan
     from pipelines.tracking import Tracker, tracking_uri
 
     plan = _plan_of(folder, "")
-    tracker = Tracker(plan)
-    tracker.sync()
-    tracker.sync_results()
+    if not isinstance(plan, Plan):
+        raise ConfigError(f"{folder} is of runs made elsewhere, which are not in MLflow")
+    Tracker(plan).sync_all()
     print(f"{plan.study.name} is in {tracking_uri(plan)}")
 
 
@@ -206,26 +262,27 @@ def _one_line(standard: Callable[..., None]) -> Callable[..., None]:
 # --- helpers of the commands -----------------------------------------------------------------
 
 
-def _plan_of(place: str, storage: str, overrides: list[str] | None = None) -> "Plan":
+def _plan_of(place: str, storage: str, overrides: list[str] | None = None) -> "Plan | PairPlan":
     """The plan of a study file, or of the folder of a study that has run, with its own inputs."""
+    from pipelines import record
+    from pipelines.pair_plan import load_pair_plan, make_pair_plan
     from pipelines.plan import Inputs, make_plan
     from pipelines.storage import Storage
-    from rlsparse.study import Study
+    from rlsparse.study import PairStudy, Study
     from rlsparse.study_file import load_study
 
     if place.endswith((".yaml", ".yml")):
-        return make_plan(load_study(place, overrides or []), storage)
+        loaded = load_study(place, overrides or [])
+        if isinstance(loaded, PairStudy):
+            return make_pair_plan(loaded, storage)
+        return make_plan(loaded, storage)
     folder = Storage(place)
-    if not folder.exists("study.json"):
-        raise ConfigError(
-            f"{place} is no study: no study.json in it; give a study file, or the folder that "
-            "`rlsparse run` made"
-        )
+    study, content = record.read(folder)
+    if not isinstance(study, Study):
+        return load_pair_plan(folder)
     try:
-        content = folder.read_json("study.json")
-        study: Study = Study.model_validate(content["study"])
         inputs = Inputs.from_record(content.get("inputs") or {})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # pydantic's is a ValueError
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{place}/study.json is damaged or of another release; run the study file again"
         ) from error
@@ -263,63 +320,17 @@ def _print_dry_run(plan: "Plan") -> None:
     )
 
 
-def _print_results(plan: "Plan", tables: "dict[str, pa.Table]") -> None:
+def _places(plan: "Plan") -> dict[str, str]:
+    """Where the results of a study are: what to type to look at them."""
+    from pipelines.terminal import relative
     from pipelines.tracking import tracking_uri
-    from rlsparse.report.formats import percent
-    from rlsparse.report.study_page import claim_rows, summary_rows
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    runs = Table(title=plan.study.question, title_justify="left")
-    for column in (
-        "trial",
-        "seed",
-        "score",
-        "unchanged bitwise",
-        "|d| <= 1e-5",
-        "overlap / chance",
-    ):
-        runs.add_column(column, justify="left" if column == "trial" else "right")
-    for row in summary_rows(plan.study, tables):
-        lift = row["overlap_lift"]
-        before, after = row["score_before"], row["score_after"]
-        runs.add_row(
-            row["label"] if row["status"] == "finished" else f"{row['label']} ({row['status']})",
-            str(row["seed"]),
-            "" if after is None else f"{before:.3f} -> {after:.3f}",
-            percent(row["sparsity_bitwise"]),
-            percent(row["sparsity_1e-05"]),
-            "" if lift is None else f"{lift:.2f}",
-        )
-    console.print(runs, markup=False)
-    rows = claim_rows(tables)
-    if rows:
-        claims = Table(title="claims", title_justify="left")
-        for column in ("claim", "verdict", "estimate", "interval", "note"):
-            claims.add_column(column)
-        for row in rows:
-            ends = [_number(row[key]) for key in ("ci_low", "ci_high") if row[key] is not None]
-            standing = "" if row["registered"] == "registered" else row["registered"]
-            note = "; ".join(filter(None, [standing, row["note"]]))
-            claims.add_row(
-                row["id"], row["verdict"], _number(row["estimate"]), " .. ".join(ends), note
-            )
-        console.print(claims, markup=False)
-        for scope in dict.fromkeys(row["scope"] for row in rows):
-            print(f"scope   {scope}")
-    folder = _relative(plan.storage.url)
-    uri = tracking_uri(plan)
+    folder, uri = relative(plan.storage.url), tracking_uri(plan)
     if uri.startswith("sqlite:///"):
-        uri = f"sqlite:///{_relative(uri.removeprefix('sqlite:///'))}"
-    mlflow = _relative(str(Path(sys.executable).parent / "mlflow"))
-    print(f"tables  {folder}/tables")
-    print(f"report  xdg-open {folder}/report/index.html")
-    print(f"MLflow  {mlflow} ui --workers 1 --backend-store-uri {uri}")
-
-
-def _relative(path: str) -> str:
-    """The path as seen from here, if that is shorter to read."""
-    return path if "://" in path else min(path, os.path.relpath(path), key=len)
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+        uri = f"sqlite:///{relative(uri.removeprefix('sqlite:///'))}"
+    mlflow = relative(str(Path(sys.executable).parent / "mlflow"))
+    return {
+        "tables": f"{folder}/tables",
+        "report": f"xdg-open {folder}/report/index.html",
+        "MLflow": f"{mlflow} ui --workers 1 --backend-store-uri {uri}",
+    }

@@ -1,19 +1,19 @@
 """Turns the patches of all finished trials into tables, one Ray Data task per trial.
 
-Each task writes its own part of ``tensor_deltas`` and ``masks`` under a fixed name, so that running
-it twice changes nothing. The serial reference is ``rlsparse.diff``, which the tasks call.
+Each task writes its own parts of ``tensor_deltas``, ``masks`` and ``spectra`` under fixed names, so
+that running it twice changes nothing. The serial references, ``rlsparse.deltas`` and
+``rlsparse.spectrum``, are what the tasks call.
 """
 
-import io
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from pipelines.plan import Plan, load_base
 from pipelines.storage import MARKER, Storage
+from pipelines.table_files import table_file, write_table
 from rlsparse import tables
 from rlsparse.checkpoint import Checkpoint
 from rlsparse.config import ModelConfig
@@ -21,31 +21,16 @@ from rlsparse.deltas import base_rows, mask_rows, measure_patch
 from rlsparse.errors import CheckpointError, PatchError, RlsparseError
 from rlsparse.masks import read_masks
 from rlsparse.patch import PATCH_FILE, Patch
-from rlsparse.schemas import SCHEMA_VERSION, SCHEMAS
+from rlsparse.patch.side import patched
+from rlsparse.schemas import SCHEMA_VERSION
+from rlsparse.spectrum import spectrum_rows
 from rlsparse.study import Trial
 from rlsparse.tables import EVER_CHANGED, snapshot_folder
 
 Item = dict[str, Any]
 
-_PARTS = ("tensor_deltas", "masks")
-
-
-def write_table(storage: Storage, table: pa.Table, name: str, file: str) -> None:
-    """Write table ``name`` as ``tables/<file>``, all or nothing."""
-    buffer = io.BytesIO()
-    pq.write_table(tables.check(table, name), buffer, compression="zstd")
-    storage.write_bytes(f"tables/{file}", buffer.getvalue())
-
-
-def read_parts(storage: Storage, name: str, parts: list[str]) -> pa.Table:
-    """The parts of table ``name`` that belong to these trials (or bases), concatenated."""
-    read = []
-    for part in parts:
-        with storage.local_copy(f"tables/{name}.parquet/{part}.parquet") as path:
-            read.append(tables.read(path, name))
-    if not read:
-        return SCHEMAS[name].empty_table()
-    return pa.concat_tables(read, promote_options="default")
+_PARTS = ("tensor_deltas", "masks", "spectra")
+"""Tables with a part per trial."""
 
 
 def pending(plan: Plan) -> list[Item]:
@@ -84,25 +69,26 @@ def measure(item: Item) -> None:
     checkpoint = Checkpoint.open(base.path)
     if item["trial_id"] is None:
         rows = base_rows(checkpoint, base_fingerprint=base.fingerprint)
-        table = tables.from_rows(rows, "base_tensors")
-        write_table(storage, table, "base_tensors", f"base_tensors.parquet/{item['part']}.parquet")
+        parts = {"base_tensors": tables.from_rows(rows, "base_tensors")}
     else:
         place = f"trials/{item['trial_id']}"
         try:
             with storage.local_copy(place) as folder:
                 parts = measure_trial(checkpoint, base.fingerprint, folder, item)
+                if "spectrum" in item:
+                    parts["spectra"] = measure_spectra(checkpoint, folder, item)
         except (PatchError, CheckpointError) as error:
             raise PatchError(
                 f"trial {item['trial_id']}: {error}; delete {storage.url}/{place} and run again"
             ) from error
-        for name, table in zip(_PARTS, parts, strict=True):
-            write_table(storage, table, name, f"{name}.parquet/{item['part']}.parquet")
+    for name, table in parts.items():
+        write_table(storage, table, name, item["part"])
     storage.write_json(f"stages/diff/{item['part']}.json", _inputs(item))
 
 
 def measure_trial(
     base: Checkpoint, base_fingerprint: str, folder: Path, item: Item
-) -> tuple[pa.Table, pa.Table]:
+) -> dict[str, pa.Table]:
     """Tables ``tensor_deltas`` and ``masks`` of one trial, from the files in its folder."""
     deltas: list[dict[str, Any]] = []
     masks: list[dict[str, Any]] = []
@@ -125,7 +111,26 @@ def measure_trial(
         step=max(item["steps"]),
         kind="ever_changed",
     )
-    return tables.from_rows(deltas, "tensor_deltas"), tables.from_rows(masks, "masks")
+    rows = {"tensor_deltas": deltas, "masks": masks}
+    return {name: tables.from_rows(of_name, name) for name, of_name in rows.items()}
+
+
+def measure_spectra(base: Checkpoint, folder: Path, item: Item) -> pa.Table:
+    """Table ``spectra`` of the last snapshot of one trial, in the view stored.
+
+    Where the patch is in another format than the base, that is the format of both sides: the patch
+    is against the base cast to it.
+    """
+    step = max(item["steps"])
+    after = patched(base, Patch.open(folder / snapshot_folder(step) / PATCH_FILE))
+    place = {"trial_id": item["trial_id"], "step_before": 0, "step_after": step, "view": "stored"}
+    rows: list[dict[str, Any]] = []
+    for before in base.counted:
+        end = after.tensors[before.name]
+        view = "stored" if before.dtype == end.dtype else end.dtype
+        pair = (before.name, before, end, before.shape)
+        rows += spectrum_rows([pair], view=view, method=item["spectrum"])
+    return tables.from_rows([row | place for row in rows], "spectra")
 
 
 def _items(plan: Plan, trial: Trial) -> list[Item]:
@@ -145,13 +150,17 @@ def _items(plan: Plan, trial: Trial) -> list[Item]:
         "views": list(plan.study.measured_views),
         "files": plan.storage.read_json(f"trials/{trial.trial_id}/{MARKER}")["files"],
     }
+    if plan.study.spectrum != "off" and trial.role != "control":
+        of_trial["spectrum"] = plan.study.spectrum
     return [of_base, of_trial]
 
 
 def _is_done(storage: Storage, item: Item) -> bool:
-    names = _PARTS if item["trial_id"] else ("base_tensors",)
+    names = ["base_tensors"]
+    if item["trial_id"]:
+        names = [name for name in _PARTS if name != "spectra" or "spectrum" in item]
     marker = f"stages/diff/{item['part']}.json"
-    files = [marker, *(f"tables/{name}.parquet/{item['part']}.parquet" for name in names)]
+    files = [marker, *(table_file(name, item["part"]) for name in names)]
     return all(map(storage.exists, files)) and bool(storage.read_json(marker) == _inputs(item))
 
 
@@ -164,6 +173,7 @@ def _drop_stale(plan: Plan) -> None:
     """Delete parts of trials that are not of this study any more (they can be made again)."""
     planned = {trial.trial_id for trial in plan.trials}
     for name in _PARTS:
-        for file in plan.storage.list(f"tables/{name}.parquet"):
-            if file.removesuffix(".parquet") not in planned:
-                plan.storage.delete(f"tables/{name}.parquet/{file}")
+        for file in plan.storage.list(table_file(name)):
+            part = file.removesuffix(".parquet")
+            if part not in planned:
+                plan.storage.delete(table_file(name, part))

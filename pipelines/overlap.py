@@ -1,83 +1,218 @@
-"""Counts the overlap of all pairs of masks: one Ray Data task per tensor, all masks of it at once.
+"""Compares all masks of a study: one Ray Data task per chunk, all masks of it read once.
 
-No shuffle: a task reads the same tensor of every trial, chunk by chunk, and returns counts. The
-serial reference is ``rlsparse.overlap``, whose two halves run here in tasks and driver.
+No shuffle: a task reads one chunk of every run's masks and of the base, and gives back counts, one
+Arrow row. The driver adds them up, tensor after tensor; it holds the counts of those that wait for
+an earlier one. The serial reference is ``rlsparse.overlap.count_masks``, whose steps run here in
+tasks and driver. All nodes must reach bases and patches under the same names.
 """
 
-from typing import Any
+import itertools
+import pickle
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 
-from pipelines.diff import read_parts
 from pipelines.plan import Plan
 from pipelines.storage import Storage
-from rlsparse.claim_config import AboveNullClaim
-from rlsparse.overlap import Run, chunk_overlaps, combine
+from pipelines.table_files import read_table
+from rlsparse.checkpoint import Checkpoint
+from rlsparse.comparison import Comparison, compare
+from rlsparse.comparison import MeasuredRun as MeasuredRun
+from rlsparse.consensus import consensus
+from rlsparse.errors import RlsparseError
+from rlsparse.mask_counts import Job, MaskCounts, Totals, Weights, count_job, jobs, weights_of
+from rlsparse.models import TINY
+from rlsparse.overlap import overlaps
+from rlsparse.patch import PATCH_FILE
+from rlsparse.patch.side import open_side
 from rlsparse.schemas import SCHEMAS
-from rlsparse.study import Trial
+from rlsparse.study import StudyBase
+from rlsparse.tables import snapshot_folder
+
+_COLUMNS = ("trial_id", "step", "kind", "view", "tensor", "chunk", "mask")
 
 
-def runs_of(plan: Plan, trials: list[Trial]) -> list[Run]:
-    """The masks to compare: last snapshots, and those at steps that an overlap claim names."""
-    named = {
-        claim.at.step
-        for claim in plan.study.claims
-        if isinstance(claim, AboveNullClaim) and claim.at is not None
-    }
+def measured_runs(plan: Plan) -> list[MeasuredRun]:
+    """The finished trials of a plan, in its order."""
     return [
-        (trial.trial_id, step, view)
-        for trial in trials
-        for step in trial.config.snapshot_steps
-        if step == trial.config.train.num_steps or step in named
-        for view in plan.study.measured_views
+        MeasuredRun(
+            trial_id=trial.trial_id,
+            base=plan.base(trial).fingerprint,
+            source=_absolute(trial.config.model.source),
+            cell=dict(trial.cell),
+            algorithm=trial.config.algorithm.name,
+            seed=trial.config.seed,
+            replicate=trial.replicate,
+            role=trial.role,
+            control=trial.control,
+            num_steps=trial.config.train.num_steps,
+            steps=tuple(sorted(trial.config.snapshot_steps)),
+            after={
+                step: f"{plan.storage.url}/trials/{trial.trial_id}/{snapshot_folder(step)}/"
+                f"{PATCH_FILE}"
+                for step in trial.config.snapshot_steps
+            },
+        )
+        for trial in plan.finished()
     ]
 
 
-def run(plan: Plan) -> pa.Table:
-    """Table ``overlaps`` of all finished trials, base by base; needs a Ray session."""
-    by_base: dict[str, list[Trial]] = {}
-    for trial in plan.finished():
-        by_base.setdefault(plan.base(trial).fingerprint, []).append(trial)
-    parts = [_run_base(plan, base, trials) for base, trials in sorted(by_base.items())]
-    return pa.concat_tables([SCHEMAS["overlaps"].empty_table(), *parts])
+def _absolute(source: str) -> str:
+    """A model source that does not depend on the working folder."""
+    folder = Path(source).expanduser()
+    return str(folder.resolve()) if source != "tiny" and folder.is_dir() else source
 
 
-def _run_base(plan: Plan, base: str, trials: list[Trial]) -> pa.Table:
-    base_tensors = read_parts(plan.storage, "base_tensors", [base[:12]])
-    names = [trial.trial_id for trial in trials]
-    runs = runs_of(plan, trials)
+def run(
+    storage: Storage, study: StudyBase, runs: Sequence[MeasuredRun]
+) -> tuple[pa.Table, pa.Table]:
+    """Tables ``overlaps`` and ``consensus`` of all runs; needs a Ray session.
+
+    Masks of different bases never pair.
+
+    Args:
+        storage: of the study; holds the masks.
+        study: its claims and views.
+        runs: the finished runs, all of which have masks.
+
+    Raises:
+        RlsparseError: masks or weights are missing or damaged.
+    """
+    found = [SCHEMAS["overlaps"].empty_table()], [SCHEMAS["consensus"].empty_table()]
+    of_base = {run.base: [other for other in runs if other.base == run.base] for run in runs}
+    for _, same in sorted(of_base.items()):
+        for totals in _count(storage, study, same):
+            found[0].append(overlaps(totals))
+            found[1].append(consensus(totals))
+    together, agreeing = (pa.concat_tables(parts) for parts in found)
+    return together, agreeing
+
+
+# --- driver ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all tasks of one base share."""
+
+    storage: Storage
+    trials: tuple[str, ...]
+    comparisons: tuple[Comparison, ...]
+    base: str
+    references: tuple[str, ...]
+    like: str | None
+
+    @property
+    def weights(self) -> dict[str, Weights]:
+        """The tensors that are compared, opened once per process."""
+        return _weights(self.base, self.references, self.like)
+
+
+def _count(storage: Storage, study: StudyBase, runs: Sequence[MeasuredRun]) -> list[Totals]:
+    """Totals of one base, a view after the other."""
+    comparisons = tuple(compare(study, runs, view) for view in study.measured_views)
+    ends = {run.trial_id: run.after.get(run.steps[-1]) for run in runs}
+    work = _Work(
+        storage,
+        tuple(run.trial_id for run in runs),
+        comparisons,
+        runs[0].source,
+        tuple(str(ends[trial]) for trial in comparisons[0].references),
+        ends[runs[0].trial_id],
+    )
+    totals = [Totals(comparison) for comparison in comparisons]
+    if not comparisons[0].runs:
+        return totals
+    todo = list(jobs(work.weights))
+    counted = _in_order(_on_all_nodes(work, todo))
+    for _, chunks in itertools.groupby(counted, lambda parts: parts[0].place.tensor):
+        for one, parts in zip(totals, zip(*chunks, strict=True), strict=True):
+            one.add(parts)
+    return totals
+
+
+def _on_all_nodes(work: _Work, todo: Sequence[Job]) -> Iterator[tuple[int, list[MaskCounts]]]:
+    """Number and counts of each chunk, as they come."""
     items = [
-        {"storage": plan.storage.url, "tensor": tensor, "trials": names, "steps": steps}
-        for tensor in sorted(set(base_tensors["tensor"].to_pylist()))
-        for steps in [sorted({step for _, step, _ in runs})]
+        {"number": number, "tensor": job.place.tensor, "chunk": job.place.chunk}
+        for number, job in enumerate(todo)
     ]
     data = ray.data.from_items(items, override_num_blocks=len(items))
-    counted = data.map_batches(count_tensor, batch_size=1, batch_format="pyarrow")
-    partials = [ray.get(block) for block in counted.to_arrow_refs()]
-    deltas = read_parts(plan.storage, "tensor_deltas", names)
-    return combine([p for p in partials if p.num_rows], deltas, base_tensors, runs)
+    results = data.map_batches(
+        count, batch_size=1, batch_format="pyarrow", num_cpus=1, fn_kwargs={"work": work}
+    )
+    for block in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in block.to_pylist():
+            found = pickle.loads(row["found"])
+            if isinstance(found, RlsparseError):
+                raise found
+            yield row["number"], found
 
 
-def count_tensor(batch: pa.Table) -> pa.Table:
-    """One task: partial counts of every chunk of one tensor."""
+def _in_order(arriving: Iterator[tuple[int, list[MaskCounts]]]) -> Iterator[list[MaskCounts]]:
+    """What arrives with its number, in order of the numbers."""
+    waiting: dict[int, list[MaskCounts]] = {}
+    following = itertools.count()
+    turn = next(following)
+    for number, found in arriving:
+        waiting[number] = found
+        while turn in waiting:
+            yield waiting.pop(turn)
+            turn = next(following)
+
+
+# --- tasks -----------------------------------------------------------------------------------
+
+
+def count(batch: pa.Table, work: _Work) -> pa.Table:
+    """One task: the counts of one chunk, one of each view, or why they cannot be made."""
     (item,) = batch.to_pylist()
-    rows = _masks(Storage(item["storage"]), item)
-    chunks = sorted(set(rows["chunk"].to_pylist()))
-    counts = [chunk_overlaps(rows.filter(pc.equal(rows["chunk"], chunk))) for chunk in chunks]
-    return pa.concat_tables(counts)
+    found: list[MaskCounts] | RlsparseError
+    try:
+        weights = {item["tensor"]: work.weights[item["tensor"]]}
+        (job,) = (job for job in jobs(weights) if job.place.chunk == item["chunk"])
+        found = count_job(work.comparisons, job, _masks(work, job))
+    except RlsparseError as error:  # handed back, because Ray would wrap it in tracebacks
+        found = error
+    schema = pa.schema([("number", pa.int64()), ("found", pa.large_binary())])
+    row = {"number": item["number"], "found": pickle.dumps(found)}
+    return pa.Table.from_pylist([row], schema=schema)
 
 
-def _masks(storage: Storage, item: dict[str, Any]) -> pa.Table:
-    filters = [
-        ("tensor", "==", item["tensor"]),
-        ("kind", "==", "snapshot"),
-        ("step", "in", item["steps"]),
-    ]
-    parts = []
-    for trial_id in item["trials"]:
-        with storage.local_copy(f"tables/masks.parquet/{trial_id}.parquet") as path:
-            parts.append(pq.read_table(path, filters=filters, partitioning=None))
+def _masks(work: _Work, job: Job) -> pa.Table:
+    """The masks of one chunk, of all runs."""
+    here = (
+        (pc.field("tensor") == job.place.tensor)
+        & (pc.field("chunk") == job.place.chunk)
+        & (pc.field("kind") == "snapshot")
+    )
+    parts = [read_table(work.storage, "masks", trial, _COLUMNS, here) for trial in work.trials]
     return pa.concat_tables(parts)
+
+
+@lru_cache(maxsize=4)
+def _weights(source: str, references: tuple[str, ...], like: str | None) -> dict[str, Weights]:
+    base = Checkpoint.open(TINY if source == "tiny" else source)
+    sides = [open_side(_local(place), base)[0] for place in references]
+    return weights_of(base, sides, None if like is None else open_side(_local(like), base)[0])
+
+
+def _local(place: str) -> str:
+    """A patch behind a URL, read at random, is copied here until this process ends."""
+    if "://" not in place or not place.endswith(PATCH_FILE):
+        return place
+    return str(Path(_copied(place).name, PATCH_FILE))
+
+
+@lru_cache(maxsize=16)
+def _copied(url: str) -> "tempfile.TemporaryDirectory[str]":
+    folder = tempfile.TemporaryDirectory()
+    home, _, name = url.rpartition("/")
+    Path(folder.name, PATCH_FILE).write_bytes(Storage(home).read_bytes(name))
+    return folder

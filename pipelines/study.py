@@ -5,41 +5,32 @@ Stages: sweep (``trials/``), diff and overlap (``tables/``), aggregate (``tables
 continues after anything.
 """
 
-import hashlib
 import json
-import os
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from rich.console import Console
 
-from pipelines import aggregate
+from pipelines import aggregate, collect, record
+from pipelines.aggregate import Tables
 from pipelines.plan import Plan
 from pipelines.progress import Progress
 from pipelines.session import RaySession
+from pipelines.stages import conclude_study, run_stage
 from rlsparse.errors import ConfigError
 from rlsparse.identity import canonical_json
-from rlsparse.report.study_page import build_report
-from rlsparse.schemas import SCHEMA_VERSION
 from rlsparse.study import Trial
-
-Tables = dict[str, pa.Table]
-REPORT_FILES = ("index.html", "report.json")
 
 
 def run_study(
     plan: Plan,
     *,
     console: Console,
+    command: str | None = None,
     address: str | None = None,
     only: str | None = None,
+    allow_missing: bool = False,
     allow_mixed: bool = False,
 ) -> Tables:
     """Run what is left of a study, and bring its tables, report and MLflow up to date.
@@ -47,8 +38,10 @@ def run_study(
     Args:
         plan: the study.
         console: for progress; standard error by convention.
+        command: what the user typed, for the record; None keeps what is recorded.
         address: a Ray cluster; None starts Ray on this machine.
         only: prefix of a trial id: run just that trial, without the analysis.
+        allow_missing: judge claims although trials of theirs failed or were not run.
         allow_mixed: go on although other versions or hardware made the trials that are done.
 
     Returns:
@@ -80,8 +73,8 @@ def run_study(
         with RaySession(address) as session:
             if todo:
                 session.start()
-            _write_study(plan)
-            if "post hoc" in aggregate.registration(plan).values():
+            write_study(plan, command if only is None else None)
+            if "post hoc" in registration(plan).values():
                 console.print(
                     "study.json holds claims that were registered with other settings or another "
                     "wording: those given now are post hoc; another `name` keeps both studies",
@@ -95,21 +88,9 @@ def run_study(
                 console.print(f"trial {only} is done", highlight=False)
             if only is not None:
                 return {}
-            tables = _analyse(plan, session, console)
-    aggregate.check_seeds(plan)
+            tables = _analyse(plan, session, console, allow_missing=allow_missing)
+    collect.check_seeds(plan)
     return tables
-
-
-def rebuild(plan: Plan, *, console: Console) -> Tables:
-    """Build tables and report again from the trials that are done, without running any."""
-    with plan.storage.lock():
-        for trial in plan.trials:
-            plan.ledger.settle(trial.trial_id)
-        _write_study(plan)
-        for name in ("overlap", "aggregate"):
-            plan.storage.delete(f"stages/{name}.json")
-        with RaySession(None) as session:
-            return _analyse(plan, session, console)
 
 
 # --- stages ----------------------------------------------------------------------------------
@@ -148,117 +129,59 @@ def _sweep(plan: Plan, todo: list[Trial], console: Console) -> None:
         run_trials(plan, todo, progress)
 
 
-def _analyse(plan: Plan, session: RaySession, console: Console) -> Tables:
+def _analyse(plan: Plan, session: RaySession, console: Console, *, allow_missing: bool) -> Tables:
     """Diff, overlap, aggregate with report, MLflow; a stage whose inputs are as before is kept."""
-    from pipelines import diff
+    from pipelines import diff, overlap
 
+    storage, study = plan.storage, plan.study
     items = diff.pending(plan)
     if items:
         session.start()
         num_trials = sum(item["trial_id"] is not None for item in items)
         console.print(f"diffing {num_trials} trials against their base", highlight=False)
         diff.run(plan, items)
-    inputs = {
-        "study": plan.study.model_dump(mode="json"),
-        "trials": {name: [e.status, e.attempts, e.error] for name, e in plan.entries().items()},
-        "rlsparse": version("rlsparse"),
-        "schema": SCHEMA_VERSION,
-    }
-
-    def overlap() -> None:
-        from pipelines import overlap as stage
-
-        session.start()
-        console.print("counting overlaps", highlight=False)
-        diff.write_table(plan.storage, stage.run(plan), "overlaps", "overlaps.parquet")
-
-    _stage(plan, "overlap", inputs, ["tables/overlaps.parquet"], overlap)
-    registered = aggregate.registration(plan)
-
-    def conclude() -> None:
-        console.print("judging claims, drawing the report", highlight=False)
-        _write_report(plan, aggregate.run(plan, registered))
-
-    inputs |= {"registered": registered}
-    small = [f"tables/{name}.parquet" for name in aggregate.SMALL_TABLES]
-    reports = [f"report/{name}" for name in REPORT_FILES]
-    _stage(plan, "aggregate", inputs, [*small, *reports], conclude)
+    inputs = conclude_study(
+        study,
+        storage,
+        session,
+        console,
+        states={name: [e.status, e.attempts, e.error] for name, e in plan.entries().items()},
+        seeds=study.seeds,
+        measured=lambda: overlap.measured_runs(plan),
+        collect=lambda: collect.collect(plan),
+        allow_missing=allow_missing,
+    )
 
     def track() -> None:
         from pipelines.tracking import Tracker
 
-        tracker = Tracker(plan)
-        tracker.sync()
-        tracker.sync_results()
+        Tracker(plan).sync_all()
 
-    _stage(plan, "mlflow", inputs, [], track)
-    return aggregate.load(plan)
-
-
-def _stage(
-    plan: Plan, name: str, inputs: dict[str, Any], written: list[str], work: Callable[[], None]
-) -> None:
-    """Do ``work`` unless the marker of this stage has the same inputs and its files are there."""
-    marker = f"stages/{name}.json"
-    digest = hashlib.sha256(canonical_json(inputs).encode()).hexdigest()
-    there = all(plan.storage.exists(file) for file in written)
-    if there and plan.storage.exists(marker) and plan.storage.read_json(marker) == digest:
-        return
-    work()
-    plan.storage.write_json(marker, digest)
-
-
-def _write_report(plan: Plan, tables: Tables) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        build_report(plan.study, tables, Path(folder), versions=_versions())
-        for name in REPORT_FILES:
-            plan.storage.write_bytes(f"report/{name}", (Path(folder) / name).read_bytes())
+    run_stage(storage, "mlflow", inputs, [], track)
+    return aggregate.load(storage)
 
 
 # --- records ---------------------------------------------------------------------------------
 
 
-def _write_study(plan: Plan) -> None:
-    """Write ``study.json``; once a trial has begun, its registered claims and seeds stay."""
-    frozen = {
-        "claims": {claim.id: claim.model_dump(mode="json") for claim in plan.study.claims},
-        "seeds": list(plan.study.seeds),
-        "settings": aggregate.settings(plan.study),
-    }
-    if plan.storage.list("ledger"):
-        frozen = plan.storage.read_json("study.json")["registered"]
-    plan.storage.write_json(
-        "study.json",
-        {
-            "study": plan.study.model_dump(mode="json"),
-            "registered": frozen,
-            "registered_sha256": hashlib.sha256(canonical_json(frozen).encode()).hexdigest(),
+def write_study(plan: Plan, command: str | None = None) -> None:
+    """Write ``study.json``; see ``record.write``."""
+    record.write(
+        plan.storage,
+        plan.study,
+        plan.study.seeds,
+        command=command,
+        has_begun=bool(plan.storage.list("ledger")),
+        more={
             "trials": {trial.trial_id: trial.label for trial in plan.trials},
             "inputs": plan.inputs.record(plan.trials),
-            "versions": _versions(),
         },
     )
 
 
-def _versions() -> dict[str, str]:
-    packages = ("rlsparse", "torch", "transformers", "trl", "ray", "mlflow", "pyarrow", "numpy")
-    found = {package: version(package) for package in packages}
-    commit = _git_commit()
-    return {**found, "git_commit": commit} if commit else found
-
-
-def _git_commit() -> str | None:
-    """Commit of the working directory, marked if it is dirty; None where there is no git."""
-    if shutil.which("git") is None:
-        return None
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=os.getcwd(),
-    )
-    return commit.stdout.strip() or None
+def registration(plan: Plan) -> dict[str, str]:
+    """Claim id -> registered, post hoc or extended; see ``record.registration``."""
+    return record.registration(plan.storage, plan.study, plan.study.seeds)
 
 
 def _check_environment(plan: Plan) -> None:

@@ -1,35 +1,36 @@
 """MLflow as a projection of the files: one parent run per study, one child per trial.
 
 ``sync`` may be called at any time, any number of times; runs are found by tag, never by memory, so
-a resumed study makes no duplicates, and everything can be rebuilt from the files. Only the driver
-writes. The only module that imports mlflow.
+a resumed study makes no duplicates, and everything can be rebuilt from the files. MLflow cannot
+take a logged value back: a run that says something else than the files do is replaced. Only the
+driver writes. The only module that imports mlflow.
 """
 
 import contextlib
+import hashlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-from mlflow.entities import Metric, Param, Run
+from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.tracking import MlflowClient
 
-from pipelines.aggregate import SMALL_TABLES
+from pipelines import record
+from pipelines.aggregate import CONCLUDED, GIVEN, REPORT_FILES
 from pipelines.ledger import Entry
 from pipelines.plan import Plan
+from pipelines.scalars import Scalars, final_scalars, measured_scalars, step_scalars
+from pipelines.table_files import read_table, table_file
 from rlsparse import tables
-from rlsparse.definitions import DEFINITIONS
+from rlsparse.identity import canonical_json
 from rlsparse.study import Trial
 from rlsparse.tables import SUMMARY
 
 _STUDY, _TRIAL, _STATE = "rlsparse.study", "rlsparse.trial_id", "rlsparse.state"
-_MAX_BATCH = 1000  # MLflow's limit
+_MAX_METRICS, _MAX_PARAMS = 1000, 100  # MLflow's limits of one batch
 _STATUS = {"planned": "SCHEDULED", "running": "RUNNING", "finished": "FINISHED", "failed": "FAILED"}
-_PER_STEP = ("loss", "reward", "kl", "entropy", "grad_norm", "learning_rate", "num_tokens", "score")
-_FINAL = ("score_base", "score_before", "score_after", "gate_ratio", "num_clipped_steps",
-          "patch_bytes", "wall_s", "cpu_s", "peak_bytes")  # fmt: skip
 
 
 def tracking_uri(plan: Plan) -> str:
@@ -53,89 +54,150 @@ class Tracker:
         self.parent = self._find(f"tags.`{_STUDY}` = '{plan.study.name}'") or self._make_parent()
         self._known = self._children()
 
-    def sync(self, trials: list[Trial] | None = None) -> None:
-        """Project the trials (all by default); what is there already is left alone."""
-        for trial in self.plan.trials if trials is None else trials:
-            self._sync_trial(trial)
+    def sync(self, trials: Sequence[Trial]) -> None:
+        """Project how far trials are, and what they logged while training."""
+        for trial in trials:
+            self._sync_trial(trial, [])
 
-    def sync_results(self) -> None:
-        """Project tables, report and verdicts onto the parent run, and close it."""
-        run_id, storage = self.parent.info.run_id, self.plan.storage
-        for folder, names in (
-            ("tables", [f"{name}.parquet" for name in SMALL_TABLES]),
-            ("report", ["index.html", "report.json"]),
-        ):
-            for name in names:
-                if storage.exists(f"{folder}/{name}"):
-                    with storage.local_copy(f"{folder}/{name}") as path:
-                        self.client.log_artifact(run_id, str(path), folder)
-        if storage.exists("tables/claims.parquet"):
-            with storage.local_copy("tables/claims.parquet") as path:
-                for row in tables.read(path, "claims").to_pylist():
-                    self.client.set_tag(run_id, f"verdict.{row['id']}", row["verdict"])
-        self._log_sparsity()
-        done = all(entry.status == "finished" for entry in self.plan.entries().values())
-        self.client.set_terminated(run_id, "FINISHED" if done else "FAILED")
+    def sync_all(self) -> None:
+        """Project all trials, what the tables say of them, the report and the verdicts."""
+        storage, names = self.plan.storage, ("trials", "changes", "overlaps")
+        measured: dict[str, Scalars] = {}
+        if all(storage.exists(table_file(name)) for name in names):
+            found = {name: read_table(storage, name) for name in names}
+            measured = measured_scalars(self.plan.study, found)
+        for trial in self.plan.trials:
+            self._sync_trial(trial, measured.get(trial.trial_id, []))
+        self._sync_parent()
 
-    def _sync_trial(self, trial: Trial) -> None:
+    # --- trials --------------------------------------------------------------------------------
+
+    def _sync_trial(self, trial: Trial, measured: Scalars) -> None:
+        """Make the run of a trial say what the files say.
+
+        ``rlsparse.state`` holds a digest of all that has been logged, part by part.
+
+        Args:
+            trial: the trial.
+            measured: what tables say of it; without any, that part is left as it is.
+        """
         entry = self.plan.ledger.get(trial.trial_id)
         if entry.status == "planned":
             return
-        run = self._known.get(trial.trial_id) or self._make_child(trial, entry)
-        state = f"{entry.status}:{entry.attempts}"
-        if run.data.tags.get(_STATE) == state:
-            return
-        run_id = run.info.run_id
+        wanted: dict[str, Scalars] = {}
         if entry.status == "finished":
-            self._log(run_id, self._metrics(trial, entry))
+            parts = {"tables": measured, "training": self._training(trial)}
+            wanted = {part: scalars for part, scalars in parts.items() if scalars}
+        digests = {part: _digest(entry, scalars) for part, scalars in wanted.items()}
+        params = _params(trial)
+        run = self._known.get(trial.trial_id)
+        logged = _logged(run) if run else {}
+        if run and (
+            (logged and not digests)
+            or any(logged.get(part, digest) != digest for part, digest in digests.items())
+            or any(run.data.params.get(name) != value for name, value in params.items())
+        ):
+            self.client.delete_run(run.info.run_id)
+            run, logged = None, {}
+        run_id = (run or self._make_child(trial, entry, params)).info.run_id
+        for part, scalars in wanted.items():
+            if part not in logged:
+                self._log(run_id, scalars, entry)
+        self._mark(run_id, trial, entry, logged | digests)
+
+    def _mark(self, run_id: str, trial: Trial, entry: Entry, logged: dict[str, str]) -> None:
+        """Status, error and tags of a run, as far as they are not there yet."""
+        parts = [f"{part}={digest}" for part, digest in sorted(logged.items())]
+        wanted = self._tags(trial)
+        wanted[_STATE] = " ".join([entry.status, str(entry.attempts), *parts])
         if entry.error:
-            self.client.set_tag(run_id, "error", entry.error[:5000])
-        elif "error" in run.data.tags:
-            self.client.delete_tag(run_id, "error")
-        end = None if entry.ended_at is None else int(entry.ended_at * 1000)
-        if entry.status == "running":
-            self.client.update_run(run_id, _STATUS["running"])
-        else:
-            self.client.set_terminated(run_id, _STATUS[entry.status], end_time=end)
-        self.client.set_tag(run_id, _STATE, state)
-        self._known[trial.trial_id] = self.client.get_run(run_id)
+            wanted["error"] = entry.error[:5000]
+        run = self.client.get_run(run_id)
+        changed = {key: value for key, value in wanted.items() if run.data.tags.get(key) != value}
+        if changed:
+            if "error" in run.data.tags and not entry.error:
+                self.client.delete_tag(run_id, "error")
+            if entry.status == "running":
+                self.client.update_run(run_id, _STATUS["running"])
+            else:
+                end = None if entry.ended_at is None else int(entry.ended_at * 1000)
+                self.client.set_terminated(run_id, _STATUS[entry.status], end_time=end)
+            tags = [RunTag(key, value) for key, value in changed.items()]
+            self.client.log_batch(run_id, tags=tags)
+            run = self.client.get_run(run_id)
+        self._known[trial.trial_id] = run
 
-    def _metrics(self, trial: Trial, entry: Entry) -> list[Metric]:
-        """Metrics of a finished trial; equal times, so that logging them twice changes nothing."""
-        storage, name = self.plan.storage, trial.trial_id
+    def _training(self, trial: Trial) -> Scalars:
+        folder = f"trials/{trial.trial_id}"
+        summary = self.plan.storage.read_json(f"{folder}/{SUMMARY}")
+        with self.plan.storage.local_copy(f"{folder}/steps.parquet") as path:
+            steps = tables.read(path, "steps")
+        return step_scalars(steps) + final_scalars(summary, trial.config.train.num_steps)
+
+    def _log(self, run_id: str, scalars: Scalars, entry: Entry) -> None:
+        """Log metrics; all with the time of the start, so that those of equal value are one."""
         at = int((entry.started_at or 0) * 1000)
-        summary = storage.read_json(f"trials/{name}/{SUMMARY}")
-        last = trial.config.train.num_steps
-        metrics = [Metric(key, float(summary[key]), at, last) for key in _FINAL]
-        with storage.local_copy(f"trials/{name}/steps.parquet") as path:
-            for row in tables.read(path, "steps").to_pylist():
-                metrics += [
-                    Metric(key, float(row[key]), at, row["step"])
-                    for key in _PER_STEP
-                    if row[key] is not None
-                ]
-        return metrics
+        metrics = [Metric(key, value, at, step) for key, step, value in scalars]
+        for first in range(0, len(metrics), _MAX_METRICS):
+            self.client.log_batch(run_id, metrics=metrics[first : first + _MAX_METRICS])
 
-    def _log_sparsity(self) -> None:
-        """Sparsity of every snapshot, under every definition, in the default view."""
-        for trial in self.plan.finished():
-            name = f"tables/tensor_deltas.parquet/{trial.trial_id}.parquet"
-            if not self.plan.storage.exists(name):
-                continue
-            with self.plan.storage.local_copy(name) as path:
-                deltas = tables.read(path, "tensor_deltas")
-            at = int((self.plan.ledger.get(trial.trial_id).started_at or 0) * 1000)
-            metrics = [
-                Metric(f"sparsity/{definition}", value, at, step)
-                for (step, definition), value in sparsity(
-                    deltas, self.plan.study.default_view
-                ).items()
-            ]
-            self._log(self._known[trial.trial_id].info.run_id, metrics)
+    def _tags(self, trial: Trial) -> dict[str, str]:
+        return {
+            _TRIAL: trial.trial_id,
+            "mlflow.parentRunId": self.parent.info.run_id,
+            "mlflow.runName": trial.label.replace(" ", "-"),
+            "rlsparse.cell": canonical_json(trial.cell),
+            "rlsparse.algorithm": trial.config.algorithm.name,
+            "rlsparse.seed": str(trial.config.seed),
+            "rlsparse.role": trial.role,
+            "rlsparse.plan_hash": record.study_hash(self.plan.study)[:12],
+            **({"rlsparse.control": trial.control} if trial.control else {}),
+        }
 
-    def _log(self, run_id: str, metrics: list[Metric]) -> None:
-        for first in range(0, len(metrics), _MAX_BATCH):
-            self.client.log_batch(run_id, metrics=metrics[first : first + _MAX_BATCH])
+    def _make_child(self, trial: Trial, entry: Entry, params: dict[str, str]) -> Run:
+        start = None if entry.started_at is None else int(entry.started_at * 1000)
+        run = self.client.create_run(self.experiment_id, start_time=start, tags=self._tags(trial))
+        logged = [Param(key, value) for key, value in sorted(params.items())]
+        for first in range(0, len(logged), _MAX_PARAMS):
+            self.client.log_batch(run.info.run_id, params=logged[first : first + _MAX_PARAMS])
+        return run
+
+    def _children(self) -> dict[str, Run]:
+        condition = f"tags.`mlflow.parentRunId` = '{self.parent.info.run_id}'"
+        runs, token = [], None
+        while True:
+            page = self.client.search_runs([self.experiment_id], condition, page_token=token)
+            runs += page
+            token = page.token
+            if not token:
+                return {run.data.tags[_TRIAL]: run for run in runs}
+
+    # --- the study -----------------------------------------------------------------------------
+
+    def _sync_parent(self) -> None:
+        """Tables, report and verdicts onto the parent run, and close it."""
+        run_id, storage, study = self.parent.info.run_id, self.plan.storage, self.plan.study
+        artifacts = [("tables", table_file(name)) for name in (*GIVEN, *CONCLUDED)]
+        artifacts += [("report", f"report/{name}") for name in REPORT_FILES]
+        for folder, file in artifacts:
+            if storage.exists(file):
+                with storage.local_copy(file) as path:
+                    self.client.log_artifact(run_id, str(path), folder)
+        claims: list[dict[str, Any]] = []
+        if storage.exists(table_file("claims")):
+            claims = read_table(storage, "claims").to_pylist()
+        tags = {f"verdict.{row['id']}": row["verdict"] for row in claims} | {
+            "question": study.question,
+            "rlsparse.plan_hash": record.study_hash(study)[:12],
+            "mlflow.note.content": _note(study.question, claims),
+        }
+        there = self.client.get_run(run_id).data.tags
+        for key in there.keys() - tags.keys():
+            if key.startswith("verdict."):
+                self.client.delete_tag(run_id, key)
+        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        done = all(entry.status == "finished" for entry in self.plan.entries().values())
+        self.client.set_terminated(run_id, "FINISHED" if done else "FAILED")
 
     def _experiment(self) -> str:
         found = self.client.get_experiment_by_name(self.plan.study.name)
@@ -156,43 +218,29 @@ class Tracker:
         tags = {_STUDY: study.name, "mlflow.runName": study.name, "question": study.question}
         return self.client.create_run(self.experiment_id, tags=tags)
 
-    def _children(self) -> dict[str, Run]:
-        condition = f"tags.`mlflow.parentRunId` = '{self.parent.info.run_id}'"
-        runs, token = [], None
-        while True:
-            page = self.client.search_runs([self.experiment_id], condition, page_token=token)
-            runs += page
-            token = page.token
-            if not token:
-                return {run.data.tags[_TRIAL]: run for run in runs}
 
-    def _make_child(self, trial: Trial, entry: Entry) -> Run:
-        tags = {
-            _TRIAL: trial.trial_id,
-            "mlflow.parentRunId": self.parent.info.run_id,
-            "mlflow.runName": f"{trial.label} {trial.trial_id}".replace(" ", "-"),
-            "rlsparse.role": trial.role,
-            **({"rlsparse.control": trial.control} if trial.control else {}),
-        }
-        start = None if entry.started_at is None else int(entry.started_at * 1000)
-        run = self.client.create_run(self.experiment_id, start_time=start, tags=tags)
-        params = {**dict(_flat(trial.config.model_dump(mode="json"))), "replicate": trial.replicate}
-        params |= {f"factor.{path}": level for path, level in trial.cell.items()}
-        logged = [Param(key, str(value)[:6000]) for key, value in sorted(params.items())]
-        self.client.log_batch(run.info.run_id, params=logged)
-        return self.client.get_run(run.info.run_id)
+def _note(question: str, claims: Sequence[dict[str, Any]]) -> str:
+    """What MLflow shows as the description of a study, in Markdown."""
+    verdicts = [f"- **{row['id']}**: {row['outcome'] or row['verdict']}" for row in claims]
+    return "\n".join([question, "", *verdicts])
 
 
-def sparsity(deltas: pa.Table, view: str) -> dict[tuple[int, str], float]:
-    """(step, definition) -> fraction unchanged, of one trial in one view."""
-    names = [f"num_changed_{definition}" for definition in DEFINITIONS]
-    ours = deltas.to_pandas().query("view == @view").groupby("step_after")
-    sums = ours[["num_elements", *names]].sum()
-    return {
-        (int(step), definition): 1 - float(row[f"num_changed_{definition}"] / row["num_elements"])
-        for step, row in sums.iterrows()
-        for definition in DEFINITIONS
-    }
+def _params(trial: Trial) -> dict[str, str]:
+    """The resolved configuration, flat, and the level of every factor, as MLflow holds them."""
+    params = {**dict(_flat(trial.config.model_dump(mode="json"))), "replicate": trial.replicate}
+    params |= {f"factor.{path}": level for path, level in trial.cell.items()}
+    return {key: str(value)[:6000] for key, value in params.items()}
+
+
+def _digest(entry: Entry, scalars: Scalars) -> str:
+    content = repr((entry.started_at, sorted(scalars)))
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def _logged(run: Run) -> dict[str, str]:
+    """Parts that a run holds -> their digest."""
+    words = run.data.tags.get(_STATE, "").split()
+    return dict(word.split("=") for word in words if "=" in word)
 
 
 def _folder(plan: Plan) -> Path:

@@ -5,7 +5,7 @@ The rules that decide them are in ``claims``.
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from rlsparse.levels import Scalar, canonical_path
 from rlsparse.variants import Config
@@ -13,6 +13,16 @@ from rlsparse.variants import Config
 Null = Literal["uniform", "tensor", "magnitude", "update_size", "margins", "surrogate"]
 """What the overlap of two masks is compared with; see ``overlap.NULLS``, and ``surrogate``: the
 overlap of real runs with runs whose reward carries no information."""
+
+
+def _one_or_several(value: object) -> str:
+    return "several" if isinstance(value, list | tuple) else "one"
+
+
+_Nulls = Annotated[
+    Annotated[Null, Tag("one")] | Annotated[tuple[Null, ...], Field(min_length=1), Tag("several")],
+    Discriminator(_one_or_several),  # else what is wrong would be told once for each
+]
 
 
 class At(Config):
@@ -56,6 +66,19 @@ class ClaimBase(Config):
         """Path in which the runs that the claim compares differ, beside its selectors, or ""."""
         return ""
 
+    @property
+    def sides(self) -> dict[str, dict[str, Scalar]]:
+        """What selects the claim's runs, by the field that says so: one selector, or several."""
+        own: dict[str, Scalar] = {}
+        if self.response == "identical_replicates":
+            own = {"control": "same_seed"}
+        return {"where": {**own, **self.where}}
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """All paths in which the runs that the claim compares are meant to differ."""
+        return (self.varied,) if self.varied else ()
+
 
 class ExactClaim(ClaimBase):
     """An identity: every selected run has exactly this value, under every definition."""
@@ -95,6 +118,16 @@ class GreaterClaim(ClaimBase):
     b: dict[str, Scalar]
     margin: float | None = None
 
+    @property
+    def sides(self) -> dict[str, dict[str, Scalar]]:
+        """Both sides."""
+        return {"a": {**self.where, **self.a}, "b": {**self.where, **self.b}}
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """What either side names."""
+        return (*self.a, *self.b)
+
 
 class EquivalentClaim(ClaimBase):
     """No level of ``factor`` moves density by more than the ratio ``margin`` (2x one-sided test).
@@ -121,7 +154,7 @@ class OverlapClaim(ClaimBase):
 
     response: str = "overlap.bitwise"
     between: str = "seed"
-    null: Null | Annotated[tuple[Null, ...], Field(min_length=1)] = "magnitude"
+    null: _Nulls = "magnitude"
     margin: float = Field(1.1, ge=1)
     module: str | None = None
     tensor: str | None = None
@@ -169,6 +202,17 @@ class RecoversClaim(ClaimBase):
     random: dict[str, Scalar]
     margin: float = Field(0.02, gt=0)
 
+    @property
+    def sides(self) -> dict[str, dict[str, Scalar]]:
+        """All three sides."""
+        given = {"a": self.a, "b": self.b, "random": self.random}
+        return {name: {**self.where, **side} for name, side in given.items()}
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """What any side names."""
+        return (*self.a, *self.b, *self.random)
+
 
 class MonotoneClaim(ClaimBase):
     """From each level of ``factor`` to the next the response goes in one direction.
@@ -200,8 +244,13 @@ class InteractionClaim(ClaimBase):
 
     @property
     def varied(self) -> str:
-        """The factor."""
-        return self.factor
+        """The one of the two that is the reward, if any: it lets surrogates in."""
+        return self.by if self.by in ("algorithm", "algorithm.reward") else self.factor
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """Both factors."""
+        return (self.factor, self.by)
 
 
 class AssociatedClaim(ClaimBase):

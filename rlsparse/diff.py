@@ -146,7 +146,8 @@ def diff_checkpoints(
         before: what ``Checkpoint.open`` takes: folder, file, hub id, URL.
         after: likewise; or a patch against ``before``, whose checksums are checked first.
         casts: number formats to which both sides are rounded first, the primary one first; needed
-            where stored formats differ, and then the view ``stored`` is reported too.
+            where stored formats differ, and then the view ``stored`` is reported too. ``stored``
+            among them asks for that view elsewhere.
         aliases: prefix of names after -> prefix before.
         extra_tables: of ``EXTRA_TABLES``.
         num_threads: None: one per core at hand, at most 8.
@@ -191,7 +192,7 @@ def plan_diff(
     """
     casts = [casts] if isinstance(casts, str) else casts
     for cast in casts:
-        check_view(cast, VIEWS[1:])
+        check_view(cast)
     if unknown := set(extra_tables) - set(EXTRA_TABLES):
         raise CheckpointError(f"no extra tables {sorted(unknown)}; choose of {list(EXTRA_TABLES)}")
     left = Checkpoint.open(before)
@@ -202,9 +203,9 @@ def plan_diff(
         raise CheckpointError(f"both sides are the same checkpoint, {left.path}; give another one")
     matching = match_tensors(left, right, aliases)
     mixed = [pair for pair in matching.pairs if pair.before.dtype != pair.after.dtype]
-    if mixed and not casts:
+    if mixed and not set(casts) - {"stored"}:
         raise CheckpointError(_needs_cast(mixed[0], left, right))
-    views = (*dict.fromkeys(casts), "stored") if mixed else tuple(dict.fromkeys(casts))
+    views = tuple(dict.fromkeys([*casts, *(["stored"] if mixed else [])]))
     return DiffPlan(left, right, matching, views or ("stored",), frozenset(extra_tables), patch)
 
 

@@ -28,9 +28,13 @@ _KEPT: dict[str, set[str]] = {
 
 
 def level_label(level: Any) -> str:
-    """Text of a factor level: scalars as in YAML, ``[a, b]``, mappings as ``name(key=value)``."""
+    """Text of a factor level: scalars as in YAML, ``[a, b]``, mappings as ``name(key=value)``.
+
+    Equal levels have equal labels: keys are sorted.
+    """
     if isinstance(level, Mapping):
-        inner = ", ".join(f"{k}={level_label(v)}" for k, v in level.items() if k != "name")
+        rest = sorted((str(k), level_label(v)) for k, v in level.items() if k != "name")
+        inner = ", ".join(f"{key}={value}" for key, value in rest)
         name = str(level.get("name", ""))
         return f"{name}({inner})" if inner else name
     if isinstance(level, list | tuple):

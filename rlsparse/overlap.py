@@ -1,38 +1,37 @@
 """How much the changed weights of two runs coincide, and how much chance alone would explain.
 
-Three nulls, each stronger than the one before: ``uniform`` (any weight may change), ``tensor``
-(each tensor keeps its own density) and ``magnitude`` (each power of two of |before| within each
-tensor keeps its own density: in bf16 small weights flip more readily, so two runs overlap merely
-by starting from the same weights). Under a null, masks are independent within a stratum, so the
-expected number of weights changed in both is the sum over strata of a_s * b_s / n_s, the
-hypergeometric mean.
-
-A run is here a (trial, step, view): the mask of one snapshot. Work splits by tensor chunk:
-``chunk_overlaps`` counts one chunk of all masks, ``combine`` adds the chunks up; ``overlaps``
-composes them on one machine and is the reference for the distributed stage.
+Here are the measures, as functions of counts, and table ``overlaps`` made of the counts of all
+chunks; what chance would give is in ``nulls``, what is counted of a chunk in ``mask_counts``.
+``count_masks`` counts on one machine and is the reference for the distributed stage.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from rlsparse.definitions import NUM_MAGNITUDE_BINS
-from rlsparse.errors import TableError
-from rlsparse.kernels import popcount_and
+from rlsparse import tables
+from rlsparse.checkpoint import Checkpoint
+from rlsparse.comparison import Comparison
+from rlsparse.mask_counts import (
+    MaskCounts,
+    Sums,
+    Totals,
+    Weights,
+    add_up,
+    count_job,
+    jobs,
+    weights_of,
+)
+from rlsparse.nulls import random_in_both
 from rlsparse.schemas import SCHEMAS
-
-Run = tuple[str, int, str]
-"""(trial_id, step, view)."""
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
-_SIDES = ["trial_a", "step_a", "trial_b", "step_b"]
-
+MAX_ROWS = 2_000_000
 
 # --- measures ----------------------------------------------------------------------------------
 
@@ -66,9 +65,33 @@ def kappa(
     return _ratio(agreed - expected, 1 - expected)
 
 
+def odds_ratio(
+    num_both: npt.ArrayLike, num_a: npt.ArrayLike, num_b: npt.ArrayLike, num_elements: npt.ArrayLike
+) -> Floats:
+    """Odds of change in a where b changed, over those where b did not: 1 at independent masks.
+
+    Infinite where one mask holds the other or both cover all weights; nan where a mask is empty or
+    full.
+    """
+    both = np.asarray(num_both, np.float64)
+    only_a, only_b = np.asarray(num_a) - both, np.asarray(num_b) - both
+    neither = np.asarray(num_elements) - both - only_a - only_b
+    with np.errstate(divide="ignore", invalid="ignore"):
+        result: Floats = np.divide(both * neither, only_a * only_b)[()]
+    return result
+
+
 def lift(num_both: npt.ArrayLike, expected: npt.ArrayLike) -> Floats:
     """Observed / expected number changed in both; nan if none is expected (an empty mask)."""
     return _ratio(num_both, expected)
+
+
+def max_lift(num_a: npt.ArrayLike, num_b: npt.ArrayLike, num_elements: npt.ArrayLike) -> Floats:
+    """The largest lift over ``uniform`` that two densities allow: one mask holds the other.
+
+    num_elements / max(num_a, num_b); nan if both masks are empty.
+    """
+    return _ratio(num_elements, np.maximum(num_a, num_b))
 
 
 def _ratio(numerator: npt.ArrayLike, denominator: npt.ArrayLike) -> Floats:
@@ -79,266 +102,143 @@ def _ratio(numerator: npt.ArrayLike, denominator: npt.ArrayLike) -> Floats:
     return result
 
 
-# --- counting ----------------------------------------------------------------------------------
+# --- tables ------------------------------------------------------------------------------------
 
 
-def pair_counts(masks: Sequence[npt.NDArray[np.uint8]]) -> Counts:
-    """Number of weights changed in both, for every pair of masks of one chunk.
+def overlaps(totals: Totals) -> pa.Table:
+    """Table ``overlaps`` of one base and view.
 
-    Args:
-        masks: R >= 1 packed masks of equal length (uint8, bits past the last element zero).
-
-    Returns:
-        int64 [R, R], symmetric; the diagonal is the number changed.
-
-    Raises:
-        TableError: the masks differ in length.
+    Per pair a row of all weights (module null) and one of each module, then rows of the tensors
+    that claims name; then pairs of snapshots within a trial, all weights only and under the nulls
+    up to ``magnitude``. If that made more than ``MAX_ROWS`` rows, of the modules only those that
+    claims name are kept.
     """
-    lengths = {mask.size for mask in masks}
-    if len(lengths) > 1:
-        raise TableError(
-            f"masks of one chunk have {sorted(lengths)} bytes, all must have the same; were the "
-            "trials diffed against the same base?"
-        )
-    return popcount_and(np.stack(masks))
+    comparison = totals.comparison
+    if not totals.tensors:
+        return SCHEMAS["overlaps"].empty_table()
+    first, second = comparison.pairs
+    _, kept = np.unique(first * len(comparison.runs) + second, return_index=True)
+    modules = dict(sorted(totals.modules.items()))
+    if len(kept) * (1 + len(modules) + len(totals.named)) > MAX_ROWS:
+        modules = {name: sums for name, sums in modules.items() if name in comparison.modules}
+    parts = [_Part(None, None, totals.overall)]
+    parts += [_Part(module, None, sums) for module, sums in modules.items()]
+    parts += [_Part(module, name, sums) for name, (module, sums) in sorted(totals.named.items())]
+    random = _random(totals, kept, parts)
+    found = [_rows(comparison, *pair, kept) for pair in zip(parts, random, strict=True)]
+    # Pair after pair, and of each the parts in order.
+    order = np.arange(len(kept) * len(parts)).reshape(len(parts), -1).T.reshape(-1)
+    between = pa.concat_tables(found).take(pa.array(order))
+    return pa.concat_tables([between, _rows_within(comparison, totals.overall)]).combine_chunks()
 
 
-def chunk_overlaps(masks: pa.Table) -> pa.Table:
-    """Count one chunk: every pair of the snapshot masks in ``masks``.
+class _Part(NamedTuple):
+    """Some weights: a module, a tensor, or (both None) all."""
 
-    Args:
-        masks: rows of table ``masks`` that share (tensor, chunk); kinds other than ``snapshot``
-            are left out, and only masks of the same view are paired.
+    module: str | None
+    tensor: str | None
+    sums: Sums
 
-    Returns:
-        Partial counts for ``combine``: trial_a, step_a, trial_b, step_b, view, tensor, module,
-        num_both; with (trial_a, step_a) <= (trial_b, step_b), a run with itself included.
-
-    Raises:
-        TableError: the rows are of several chunks, or their masks differ in length.
-    """
-    masks = masks.filter(pc.equal(masks["kind"], "snapshot"))
-    rows = masks.select(["trial_id", "step", "view", "tensor", "module", "chunk"]).to_pandas()
-    chunks = sorted(set(zip(rows["tensor"], rows["chunk"], strict=True)))
-    if len(chunks) > 1:
-        raise TableError(f"masks of one chunk expected, got {len(chunks)}: {chunks[:3]} ...")
-    packed = [np.frombuffer(mask.as_buffer(), np.uint8) for mask in masks["mask"]]
-    parts = []
-    for view, group in rows.groupby("view", sort=True):
-        group = group.sort_values(["trial_id", "step"])
-        both = pair_counts([packed[row] for row in group.index])
-        a, b = np.triu_indices(len(group))
-        trials, steps = group["trial_id"].to_numpy(), group["step"].to_numpy()
-        parts.append(
-            pd.DataFrame(
-                {
-                    **dict(zip(_SIDES, (trials[a], steps[a], trials[b], steps[b]), strict=True)),
-                    "view": view,
-                    "tensor": group["tensor"].iloc[0],
-                    "module": group["module"].iloc[0],
-                    "num_both": both[a, b],
-                }
-            )
-        )
-    frame = pd.concat(parts) if parts else pd.DataFrame(columns=_PARTIAL.names)
-    return pa.Table.from_pandas(frame, schema=_PARTIAL, preserve_index=False)
+    def holds(self, tensor: str, module: str) -> bool:
+        return self.module in (None, module) and self.tensor in (None, tensor)
 
 
-_PARTIAL = pa.schema(
-    [
-        ("trial_a", pa.string()),
-        ("step_a", pa.int64()),
-        ("trial_b", pa.string()),
-        ("step_b", pa.int64()),
-        ("view", pa.string()),
-        ("tensor", pa.string()),
-        ("module", pa.string()),
-        ("num_both", pa.int64()),
-    ]
-)
+def _random(totals: Totals, kept: Counts, parts: Sequence[_Part]) -> Counts:
+    """Overlap of a with a random mask of b's count in each tensor; shape [parts, pairs]."""
+    comparison = totals.comparison
+    changed = np.ascontiguousarray(np.array(totals.num_changed).T)
+    sizes = np.array(totals.num_elements)
+    holds = np.array([[part.holds(*tensor) for tensor in totals.tensors] for part in parts])
+    found = np.zeros((len(kept), len(parts)), np.int64)
+    for row, (a, b) in enumerate(comparison.pairs[:, kept].T.tolist()):
+        key = (*comparison.runs[a], *comparison.runs[b], comparison.view)
+        found[row] = holds @ random_in_both(key, changed[a], changed[b], sizes)
+    return found.T
 
 
-# --- adding up ---------------------------------------------------------------------------------
+def _rows(comparison: Comparison, part: _Part, random: Counts, kept: Counts) -> pa.Table:
+    sums = part.sums
+    pairs = comparison.pairs[:, kept]
+    chosen = comparison.reference_of[kept]
+    names = pa.array(comparison.references, pa.string())
+    columns = _columns(comparison, pairs, sums) | {
+        "tensor": pa.array([part.tensor] * len(kept), pa.string()),
+        "module": pa.array([part.module] * len(kept), pa.string()),
+        "num_both": sums["both"][kept],
+        "num_both_random": random,
+        "expected_tensor": sums["tensor"][kept],
+        "expected_magnitude": sums["magnitude"][kept],
+        "expected_update_size": pa.array(sums["update_size"][kept], from_pandas=True),
+        "expected_margins": sums["margins"][kept],
+        "update_size_of": names.take(pa.array(chosen, mask=chosen < 0)),
+    }
+    return _table(columns)
 
 
-def combine(
-    partials: Iterable[pa.Table],
-    tensor_deltas: pa.Table,
-    base_tensors: pa.Table,
-    runs: Collection[Run],
-) -> pa.Table:
-    """Add partial counts up, with the counts that each null expects.
-
-    Args:
-        partials: results of ``chunk_overlaps``, one per chunk, in any order.
-        tensor_deltas: table of that name; gives each run's changed counts per stratum.
-        base_tensors: table of that name, of one base; gives the sizes of the strata, which are
-            by |before| in the stored format, whatever the view.
-        runs: the runs to compare; all pairs of the same view are.
-
-    Returns:
-        Table ``overlaps``: per pair an overall row (module null) and one per module, in order of
-        view, pair, module; (trial_a, step_a) < (trial_b, step_b).
-
-    Raises:
-        TableError: several bases; a chunk's masks are missing or disagree with tensor_deltas; or
-            more weights changed in a stratum than it has.
-    """
-    bases = pc.unique(base_tensors["base"]).to_pylist()
-    if len(bases) > 1:
-        raise TableError(f"runs of {len(bases)} bases ({bases}) cannot overlap; pass one base")
-    sizes = _strata(base_tensors, "num_elements", "magnitude_histogram")
-    counted = pa.concat_tables([_PARTIAL.empty_table(), *partials])
-    both = (
-        counted.group_by([*_SIDES, "view", "module"], use_threads=False)
-        .aggregate([("num_both", "sum")])
-        .rename_columns([*_SIDES, "view", "module", "num_both"])
-        .to_pandas()
-    )
-    schema = SCHEMAS["overlaps"]
-    parts = [schema.empty_table()]
-    for view in sorted({view for _, _, view in runs}):
-        ours = sorted({(trial, step) for trial, step, of in runs if of == view})
-        deltas = tensor_deltas.filter(pc.equal(tensor_deltas["view"], view))
-        changed = [
-            _strata(rows, "num_changed_bitwise", "magnitude_histogram_changed")
-            for rows in _of_runs(deltas, ours, view)
-        ]
-        for run in changed:
-            unknown = {m: sorted(set(run[m]) - set(sizes.get(m, {}))) for m in sorted(run)}
-            if any(unknown.values()):
-                raise TableError(f"base_tensors lacks tensors of tensor_deltas: {unknown}")
-        seen = both[both["view"] == view]
-        modules = [
-            _pairs(ours, seen[seen["module"] == module], changed, part, module)
-            for module, part in sorted(sizes.items())
-        ]
-        frame = _with_overall(pd.concat(modules))
-        frame = frame.assign(definition="bitwise", view=view, tensor=None)
-        parts.append(pa.Table.from_pandas(frame, schema=schema, preserve_index=False))
-    return pa.concat_tables(parts)
+def _rows_within(comparison: Comparison, sums: Sums) -> pa.Table:
+    columns = _columns(comparison, comparison.pairs_within, sums) | {
+        "num_both": sums["within"],
+        "expected_tensor": sums["within_tensor"],
+        "expected_magnitude": sums["within_magnitude"],
+    }
+    return _table(columns)
 
 
-_Strata = dict[str, dict[str, tuple[int, Counts]]]
-"""module -> tensor -> (number of elements, magnitude histogram)."""
+def _columns(comparison: Comparison, pairs: Counts, sums: Sums) -> dict[str, Any]:
+    """What the rows of some pairs have in common."""
+    trials = pa.array([trial for trial, _ in comparison.runs], pa.string())
+    steps = np.array([step for _, step in comparison.runs], np.int64)
+    a, b = (sums["num_changed"][places] for places in pairs)
+    size = int(sums["num_elements"])
+    return {
+        "trial_a": trials.take(pa.array(pairs[0])),
+        "step_a": steps[pairs[0]],
+        "trial_b": trials.take(pa.array(pairs[1])),
+        "step_b": steps[pairs[1]],
+        "definition": pa.array(["bitwise"] * len(a), pa.string()),
+        "view": pa.array([comparison.view] * len(a), pa.string()),
+        "num_elements": np.full(len(a), size, np.int64),
+        "num_a": a,
+        "num_b": b,
+        "expected_uniform": a.astype(np.float64) * b / max(size, 1),
+    }
 
 
-def _strata(rows: pa.Table, count: str, histogram: str) -> _Strata:
-    """Sum the counts of ``rows`` over the chunks of each tensor."""
-    bins = pc.list_flatten(rows[histogram]).to_numpy()
-    bins = bins.reshape(rows.num_rows, NUM_MAGNITUDE_BINS)
-    columns = (rows[name].to_pylist() for name in ("module", "tensor", count))
-    strata: _Strata = {}
-    for module, tensor, number, row in zip(*columns, bins, strict=True):
-        total, summed = strata.setdefault(module, {}).get(tensor, (0, np.zeros_like(row)))
-        strata[module][tensor] = (total + number, summed + row)
-    return strata
+def _table(columns: Mapping[str, Any]) -> pa.Table:
+    """Table ``overlaps``; columns that are not given are null."""
+    schema, length = SCHEMAS["overlaps"], len(columns["num_a"])
+    missing = {f.name: pa.nulls(length, f.type) for f in schema if f.name not in columns}
+    return tables.check(pa.table({**columns, **missing}), "overlaps")
 
 
-def _of_runs(deltas: pa.Table, runs: Sequence[tuple[str, int]], view: str) -> Iterator[pa.Table]:
-    keys = deltas.select(["trial_id", "step_after"]).to_pandas()
-    rows = keys.groupby(["trial_id", "step_after"]).indices
-    for trial, step in runs:
-        if (trial, step) not in rows:
-            raise TableError(
-                f"tensor_deltas has no rows of trial {trial} step {step} view {view}; run the "
-                "diff stage for it, or leave the run out"
-            )
-        yield deltas.take(pa.array(rows[trial, step]))
+# --- the serial reference ----------------------------------------------------------------------
 
 
-def _pairs(
-    runs: Sequence[tuple[str, int]],
-    both: pd.DataFrame,
-    changed: Sequence[_Strata],
-    sizes: dict[str, tuple[int, Counts]],
-    module: str,
-) -> pd.DataFrame:
-    """Rows of one view and module: every pair a < b of ``runs``; ``changed`` is per run."""
-    tensors = sorted(sizes)
-    none = (0, np.zeros(NUM_MAGNITUDE_BINS, np.int64))
-    found = [[run.get(module, {}).get(tensor, none) for tensor in tensors] for run in changed]
-    num_changed = np.array([[number for number, _ in row] for row in found])
-    by_tensor = _expected(num_changed, np.array([sizes[t][0] for t in tensors]), module)
-    by_magnitude = _expected(
-        np.array([np.concatenate([bins for _, bins in row]) for row in found]),
-        np.concatenate([sizes[t][1] for t in tensors]),
-        module,
-    )
-    totals = num_changed.sum(axis=1)
-    a, b = np.triu_indices(len(runs))
-    trials, steps = np.array([t for t, _ in runs], object), np.array([s for _, s in runs])
-    frame = pd.DataFrame(
-        {
-            **dict(zip(_SIDES, (trials[a], steps[a], trials[b], steps[b]), strict=True)),
-            "num_elements": sum(size for size, _ in sizes.values()),
-            "num_a": totals[a],
-            "num_b": totals[b],
-            "expected_tensor": by_tensor[a, b],
-            "expected_magnitude": by_magnitude[a, b],
-        }
-    )
-    frame = frame.merge(both[[*_SIDES, "num_both"]], on=_SIDES, how="left", validate="1:1")
-    frame["num_both"] = frame["num_both"].fillna(0).astype(np.int64)
-    own = frame[a == b]
-    wrong = own[own["num_both"] != own["num_a"]]
-    if len(wrong):
-        row = wrong.iloc[0]
-        raise TableError(
-            f"trial {row.trial_a} step {row.step_a} module {module}: its masks hold "
-            f"{row.num_both} changed weights, tensor_deltas {row.num_a}; chunks are missing or "
-            "stale, run the diff stage again"
-        )
-    return frame[a < b].assign(module=module)
-
-
-def _expected(changed: Counts, sizes: Counts, module: str) -> Floats:
-    """Sum over strata of a_s * b_s / n_s for all pairs; changed [R, S], sizes [S] -> [R, R]."""
-    if (changed > sizes).any():
-        raise TableError(
-            f"module {module}: more weights changed in a tensor or magnitude bin than the base "
-            "has there; tensor_deltas and base_tensors are of different bases, diff again"
-        )
-    weights = np.divide(1.0, sizes, out=np.zeros(sizes.size), where=sizes > 0)
-    floats = changed.astype(np.float64)
-    result: Floats = (floats * weights) @ floats.T
-    return result
-
-
-def _with_overall(modules: pd.DataFrame) -> pd.DataFrame:
-    """Put each pair's overall row (module null) before its module rows; expect uniformly."""
-    counts = [name for name in modules.columns if name not in (*_SIDES, "module")]
-    overall = modules.groupby(_SIDES, as_index=False)[counts].sum().assign(module=None)
-    frame = pd.concat([overall.astype({"module": object}), modules.astype({"module": object})])
-    frame = frame.sort_values(_SIDES, kind="stable")
-    expected = frame["num_a"].astype(np.float64) * frame["num_b"] / frame["num_elements"]
-    return frame.assign(expected_uniform=expected)
-
-
-def overlaps(
+def count_masks(
+    comparison: Comparison,
     masks: pa.Table,
-    tensor_deltas: pa.Table,
-    base_tensors: pa.Table,
-    runs: Collection[Run] | None = None,
-) -> pa.Table:
-    """Overlap of all pairs of snapshot masks: the serial reference of the distributed stage.
+    base: Checkpoint,
+    after: Mapping[str, Checkpoint] | None = None,
+) -> Totals:
+    """Count all masks, chunk by chunk on this machine: the reference of the distributed stage.
 
     Args:
-        masks: table ``masks``; handled one chunk at a time.
-        tensor_deltas: table of that name.
-        base_tensors: table of that name, of one base.
-        runs: the runs to compare; all that have snapshot masks when None.
+        comparison: what to compare.
+        masks: table ``masks``; kinds other than ``snapshot`` are left out.
+        base: the base checkpoint of all runs.
+        after: trial_id -> the checkpoint after its last step, of each of the comparison's
+            ``references``.
 
-    Returns:
-        Table ``overlaps``; see ``combine``.
+    Raises:
+        TableError: masks are missing or do not fit the base.
     """
-    masks = masks.filter(pc.equal(masks["kind"], "snapshot"))
-    keys = masks.select(["trial_id", "step", "view", "tensor", "chunk"]).to_pandas()
-    if runs is None:
-        runs = list(zip(keys["trial_id"], keys["step"], keys["view"], strict=True))
-    chosen = set(runs)
-    of_row = zip(keys["trial_id"], keys["step"], keys["view"], strict=True)
-    wanted = np.array([run in chosen for run in of_row], bool)
-    groups = keys[wanted].groupby(["tensor", "chunk"])
-    partials = (chunk_overlaps(masks.take(pa.array(rows.index))) for _, rows in groups)
-    return combine(partials, tensor_deltas, base_tensors, runs)
+    sides = [(after or {})[trial] for trial in comparison.references]
+    rows = masks.select(["tensor", "chunk"]).to_pandas().groupby(["tensor", "chunk"]).indices
+
+    def counted(weights: Mapping[str, Weights]) -> Iterator[MaskCounts]:
+        for job in jobs(weights):
+            found = rows.get((job.place.tensor, job.place.chunk), np.zeros(0, np.int64))
+            (counts,) = count_job([comparison], job, masks.take(pa.array(found)))
+            yield counts
+
+    return add_up(comparison, counted(weights_of(base, sides)))

@@ -4,7 +4,11 @@ Fractions are compared as log odds, with the continuity (k + .5) / (n + 1) that 
 runs finite and shrinks as n grows.
 """
 
+from collections.abc import Mapping
+from typing import Any, Literal
+
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
@@ -12,85 +16,118 @@ from rlsparse.claim_config import At
 from rlsparse.definitions import DEFINITIONS
 from rlsparse.statistics import Floats, log_density, log_odds
 
+Scale = Literal["log_odds", "log", "identity"]
+Run = pd.DataFrame | Mapping[str, npt.NDArray[Any]]
+"""Result of ``snapshots``, or its columns: a study's claims read very many of them."""
+
+FAILED = "failed"
+_SCALES: dict[str, Scale] = {"score_gain": "identity", FAILED: "identity", "kl_final": "log"}
+_ENDED = {"finished": 0.0, "failed": 1.0}
+_COLUMNS = ["trial_id", "response", "step", "value", "numerator", "n", "last"]
+
 
 def responses(
-    trials: pa.Table, steps: pa.Table, tensor_deltas: pa.Table, view_default: str
+    trials: pa.Table, steps: pa.Table, changes: pa.Table, view_default: str
 ) -> pd.DataFrame:
     """All responses of all runs at all their snapshots, in long form.
 
     Args:
         trials: table of that name.
         steps: table of that name.
-        tensor_deltas: table of that name.
+        changes: table of that name.
         view_default: the view whose responses come first.
 
     Returns:
         One row per response, trial and step: trial_id, response
-        (``sparsity.<definition>@<view>``, ``score_after``, ``score_gain``), step, value, numerator
-        and n (weights changed of all; problems solved of all; null for score_gain), last (whether
-        the step is the trial's last). Sorted, so that the order of input rows does not matter.
+        (``sparsity.<definition>@<view>``, ``score_after``, ``score_gain``, ``kl_final``: KL to the
+        base in nats per token; ``failed``: 1 or 0 per trial that has ended), step, value, numerator
+        and n (weights changed of all; problems solved of all; null for score_gain and kl_final),
+        last (whether the step is the trial's last). Sorted, so that the order of input rows does
+        not matter.
     """
-    about = trials.select(["trial_id", "num_steps", "score_before", "num_eval_problems"])
-    runs = about.to_pandas().set_index("trial_id")
-    counts = [f"num_changed_{name}" for name in DEFINITIONS]
-    keys = ["trial_id", "view", "step_after"]
-    sums = (
-        tensor_deltas.group_by(keys, use_threads=False)
-        .aggregate([(name, "sum") for name in ["num_elements", *counts]])
-        .to_pandas()
-    )
-    parts = []
-    for definition, count in zip(DEFINITIONS, counts, strict=True):
-        part = sums[["trial_id"]].assign(
-            response=f"sparsity.{definition}@" + sums["view"],
-            step=sums["step_after"],
-            numerator=sums[f"{count}_sum"].astype(np.float64),
-            n=sums["num_elements_sum"].astype(np.float64),
-        )
-        parts.append(part.assign(value=(part["n"] - part["numerator"]) / part["n"]))
-    scores = _scores(trials, steps)
+    runs = trials.to_pandas().set_index("trial_id")
+    scores = _along(runs, steps, "score", "score_after")
+    kl = _along(runs, steps, "kl_base", "kl_final")
     n = scores["trial_id"].map(runs["num_eval_problems"]).astype(np.float64)
     scores = scores.assign(n=n, numerator=(scores["value"] * n).round())
     before = scores["trial_id"].map(runs["score_before"]).astype(np.float64)
     gain = scores.assign(value=scores["value"] - before, numerator=np.nan, n=np.nan)
+    end = runs.index.to_series().map(runs["num_steps"]).astype(np.float64)
+    failed = runs["status"].map(_ENDED).astype(np.float64)
+    failures = pd.DataFrame({"trial_id": runs.index, "step": end.fillna(0), "value": failed})
     frame = pd.concat(
-        [*parts, scores.assign(response="score_after"), gain.assign(response="score_gain")]
+        [
+            *_sparsities(changes),
+            scores.assign(response="score_after"),
+            gain.assign(response="score_gain"),
+            kl.assign(response="kl_final"),
+            failures.assign(response=FAILED, numerator=failed, n=1.0),
+        ]
     ).dropna(subset=["value"])
-    last = frame["step"] == frame["trial_id"].map(runs["num_steps"]).astype(np.float64)
+    last = (frame["step"] == frame["trial_id"].map(end)) | (frame["response"] == FAILED)
     later = frame["response"].str.contains("@") & ~frame["response"].str.endswith(
         f"@{view_default}"
     )
-    frame = frame.assign(last=last, later=later).sort_values(
-        ["later", "response", "trial_id", "step"], ignore_index=True
-    )
-    result: pd.DataFrame = frame[
-        ["trial_id", "response", "step", "value", "numerator", "n", "last"]
-    ]
+    frame = frame.assign(last=last, later=later, step=frame["step"].astype(np.int64))
+    frame = frame.sort_values(["later", "response", "trial_id", "step"], ignore_index=True)
+    result: pd.DataFrame = frame[_COLUMNS]
     return result
 
 
-def _scores(trials: pa.Table, steps: pa.Table) -> pd.DataFrame:
-    """trial_id, step, value: scores along training, and the one after it."""
-    along = steps.select(["trial_id", "step", "score"]).to_pandas().dropna(subset=["score"])
-    after = trials.select(["trial_id", "num_steps", "score_after"]).to_pandas()
-    names = ["trial_id", "step", "value"]
-    both: pd.DataFrame = pd.concat([frame.set_axis(names, axis=1) for frame in (along, after)])
-    return both.dropna(subset=["value"]).drop_duplicates(["trial_id", "step"], keep="last")
+def _sparsities(changes: pa.Table) -> list[pd.DataFrame]:
+    """Sums of ``changes`` over layers and modules, one frame per definition."""
+    counts = [f"num_changed_{name}" for name in DEFINITIONS]
+    sums = (
+        changes.group_by(["trial_id", "view", "step"], use_threads=False)
+        .aggregate([(name, "sum") for name in ["num_elements", *counts]])
+        .to_pandas()
+    )
+    n = sums["num_elements_sum"].astype(np.float64)
+    parts = []
+    for definition, count in zip(DEFINITIONS, counts, strict=True):
+        changed = sums[f"{count}_sum"].astype(np.float64)
+        part = sums[["trial_id", "step"]].assign(
+            response=f"sparsity.{definition}@" + sums["view"], numerator=changed, n=n
+        )
+        parts.append(part.assign(value=(n - changed) / n))
+    return parts
+
+
+def _along(runs: pd.DataFrame, steps: pa.Table, column: str, last: str) -> pd.DataFrame:
+    """trial_id, step, value: a column of ``steps``, and one of ``trials`` that holds the end."""
+    along = steps.select(["trial_id", "step", column]).to_pandas()
+    after = runs.reset_index()[["trial_id", "num_steps", last]]
+    both: pd.DataFrame = pd.concat(
+        part.set_axis(["trial_id", "step", "value"], axis=1).dropna().astype({"value": np.float64})
+        for part in (along, after)
+    )
+    return both.drop_duplicates(["trial_id", "step"], keep="last")
+
+
+def scale_of(response: str) -> Scale:
+    """Scale on which a response of ``responses`` is compared."""
+    return _SCALES.get(response, "log_odds")
 
 
 def scaled(frame: pd.DataFrame) -> Floats:
-    """Values of rows of ``responses`` on the scale of their contrasts.
+    """Values of rows of ``responses`` on the scale of their contrasts, see ``scale_of``.
 
-    Log odds of sparsity and of score_after (nan where the number of problems is not known);
-    score_gain as it is.
+    Log odds of sparsity and of score_after (nan where the number of problems is not known); log of
+    kl_final (nan where it is not above 0, as a sampled KL may be); score_gain and failed as they
+    are.
     """
+    values = frame["value"].to_numpy(np.float64)
     sign = np.where(frame["response"].str.startswith("sparsity."), -1.0, 1.0)
     odds = sign * log_odds(frame["numerator"], frame["n"])
-    return np.where(frame["response"] == "score_gain", frame["value"].to_numpy(np.float64), odds)
+    logs = np.log(np.where(values > 0, values, np.nan))
+    scales = frame["response"].map(scale_of).to_numpy()
+    return np.select([scales == "identity", scales == "log"], [values, logs], odds)
 
 
 def snapshots(frame: pd.DataFrame, trial_id: str, response: str) -> pd.DataFrame:
-    """Snapshots of one run: step, log_density (nan at step 0), score (nan where not scored).
+    """Snapshots of one run: step, log_density, score, kl (to the base); nan where not measured.
+
+    log_density is nan at step 0, where kl is 0 by definition if the run has any.
 
     Args:
         frame: result of ``responses``.
@@ -98,13 +135,18 @@ def snapshots(frame: pd.DataFrame, trial_id: str, response: str) -> pd.DataFrame
         response: a sparsity response.
     """
     ours = frame[frame["trial_id"] == trial_id]
-    counted = ours[ours["response"] == response]
-    scored = ours[ours["response"] == "score_after"]
-    density = log_density(counted["numerator"], counted["n"])
-    columns = {
-        "log_density": dict(zip(counted["step"], density, strict=True)),
-        "score": dict(zip(scored["step"], scored["value"], strict=True)),
+    found = {
+        name: ours[ours["response"] == of]
+        for name, of in [("log_density", response), ("score", "score_after"), ("kl", "kl_final")]
     }
+    columns = {
+        name: dict(zip(rows["step"], rows["value"], strict=True)) for name, rows in found.items()
+    }
+    counted = found["log_density"]
+    density = log_density(counted["numerator"], counted["n"])
+    columns["log_density"] = dict(zip(counted["step"], density, strict=True))
+    if columns["kl"]:
+        columns["kl"][0] = 0.0
     steps = sorted({step for column in columns.values() for step in column})
     values = {
         name: np.array([column.get(step, np.nan) for step in steps], np.float64)
@@ -113,22 +155,21 @@ def snapshots(frame: pd.DataFrame, trial_id: str, response: str) -> pd.DataFrame
     return pd.DataFrame({"step": np.array(steps, np.int64), **values})
 
 
-def density_at(run: pd.DataFrame, at: At | None) -> tuple[float | None, str]:
-    """Log density of a run at a step, at a score, or at its last snapshot.
+def density_at(run: Run, at: At | None) -> tuple[float | None, str]:
+    """Log density of a run at a step, at a score, at a KL to the base, or at its last snapshot.
 
-    At a score it is interpolated linearly in the score between the two snapshots where the score
-    first reaches the value. Before the first snapshot there is nothing to interpolate from: the
+    At a score or a KL it is interpolated linearly in these between the two snapshots where they
+    first reach the value. Before the first snapshot there is nothing to interpolate from: the
     density at step 0 is zero.
 
     Args:
-        run: result of ``snapshots``.
-        at: where; the last snapshot when None. ``score: common`` must have been resolved, see
-            ``common_score``.
+        run: result of ``snapshots``, or its columns.
+        at: where; the last snapshot when None. ``common`` must have been resolved, see ``common``.
 
     Returns:
         The log density and "", or None and why there is none.
     """
-    steps, level, score = (run[name].to_numpy() for name in ("step", "log_density", "score"))
+    steps, level = (np.asarray(run[name]) for name in ("step", "log_density"))
     measured = np.flatnonzero(~np.isnan(level))
     if measured.size == 0:
         return None, "nothing measured"
@@ -140,21 +181,29 @@ def density_at(run: pd.DataFrame, at: At | None) -> tuple[float | None, str]:
             listed = ", ".join(str(step) for step in steps[measured])
             return None, f"no snapshot at step {at.step}; there are {listed}"
         return float(level[here[0]]), ""
-    if not isinstance(at.score, float):
-        return None, f"the score {at.score!r} is not a number"
-    level, score = level[~np.isnan(score)], score[~np.isnan(score)]
-    reached = np.flatnonzero(score >= at.score)
+    what, wanted = ("score", at.score) if at.score is not None else ("kl", at.kl)
+    if not isinstance(wanted, float):
+        return None, f"the {what} {wanted!r} is not a number"
+    return _at_first(run, what, wanted)
+
+
+def _at_first(run: Run, what: str, wanted: float) -> tuple[float | None, str]:
+    """Log density where the column ``what`` first reaches a value; see ``density_at``."""
+    level, reading = (np.asarray(run[name]) for name in ("log_density", what))
+    level, reading = level[~np.isnan(reading)], reading[~np.isnan(reading)]
+    reached = np.flatnonzero(reading >= wanted)
     if reached.size == 0:
-        return None, f"score {at.score:.4g} is not reached"
+        return None, f"{what} {wanted:.4g} is not reached"
     first = reached[0]
-    if score[first] == at.score and not np.isnan(level[first]):
+    if reading[first] == wanted and not np.isnan(level[first]):
         return float(level[first]), ""
     if first == 0 or np.isnan(level[first - 1 : first + 1]).any():
-        return None, f"score {at.score:.4g} is reached before the first snapshot; take earlier ones"
-    share = (at.score - score[first - 1]) / (score[first] - score[first - 1])
+        return None, f"{what} {wanted:.4g} is reached before the first snapshot; take earlier ones"
+    share = (wanted - reading[first - 1]) / (reading[first] - reading[first - 1])
     return float(level[first - 1] + share * (level[first] - level[first - 1])), ""
 
 
-def common_score(run_a: pd.DataFrame, run_b: pd.DataFrame) -> float:
-    """Highest score that both runs (results of ``snapshots``) reach; nan if one has no score."""
-    return float(np.minimum(run_a["score"].max(), run_b["score"].max()))
+def common(run_a: Run, run_b: Run, what: Literal["score", "kl"]) -> float:
+    """Highest score or KL that both runs (results of ``snapshots``) reach; nan if one has none."""
+    highest = [np.fmax.reduce(np.asarray(run[what]), initial=np.nan) for run in (run_a, run_b)]
+    return float(np.minimum(*highest))

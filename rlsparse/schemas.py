@@ -276,7 +276,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("within", pa.string()),  # JSON object: the other factors, held fixed
             ("layer", pa.int32()),  # null = all
             ("module", pa.string()),  # null = all
-            ("method", pa.string()),  # see `effects.METHODS`
+            ("method", pa.string()),  # see `METHODS` of effects and overlap_effects
             ("scale", pa.string()),  # of the estimate: log_odds, log, identity
             ("estimate", pa.float64()),
             ("ci_low", pa.float64()),

@@ -15,11 +15,13 @@ import pyarrow as pa
 
 from rlsparse.errors import TableError
 from rlsparse.identity import canonical_json
-from rlsparse.levels import Scalar, canonical_path, tags_of, touches
+from rlsparse.levels import Scalar, canonical_path, level_label, tags_of, touches
 from rlsparse.statistics import Floats
-from rlsparse.study import left_out
+from rlsparse.study import StudyBase, left_out
 
 _COLUMNS = ("role", "control", "seed", "replicate")
+FINISHED = ("finished",)
+ENDED = ("finished", "failed")
 
 
 class Pair(NamedTuple):
@@ -32,6 +34,14 @@ class Pair(NamedTuple):
     b: str
     seed: int
     within: str
+
+
+class Contrast(NamedTuple):
+    """A level against its reference, with the pairs by what holds for all (see ``apart``)."""
+
+    level: str
+    reference: str
+    groups: dict[str, list[Pair]]
 
 
 def with_configs(trials: pa.Table) -> pd.DataFrame:
@@ -62,13 +72,26 @@ def select(runs: pd.DataFrame, selector: Mapping[str, Scalar], varied: str = "")
         varied: the factor that is compared; with the selector it says whether controls and
             surrogates are left out, see ``study.left_out``.
     """
-    hidden = left_out(selector, varied)
-    keep = [
-        row["role"] not in hidden
-        and all(value_at(row, path) == (wanted,) for path, wanted in selector.items())
+    matches = [
+        all(value_at(row, path) == (wanted,) for path, wanted in selector.items())
         for row in runs[["config", *_COLUMNS]].to_dict("records")
     ]
-    result: pd.DataFrame = runs[np.array(keep, bool)]
+    result: pd.DataFrame = runs[np.array(matches, bool) & _asked(runs, selector, varied)]
+    return result
+
+
+def _asked(runs: pd.DataFrame, asked: Collection[str], varied: str = "") -> npt.NDArray[np.bool_]:
+    """Which runs a comparison is about; the arguments are those of ``study.left_out``.
+
+    Surrogates that a control added bear the label of the cell that they vary, unless the reward is
+    a label: they have no place where algorithms are compared by label.
+    """
+    keep = ~runs["role"].isin(left_out(asked, varied)).to_numpy()
+    if varied == "algorithm" and "surrogate" in left_out(asked):
+        unlabelled = np.array(["algorithm.reward" not in cell for cell in runs["cell"]], bool)
+        added = (runs["role"] == "surrogate") & runs["control"].notna()
+        keep &= ~(unlabelled & added.to_numpy())
+    result: npt.NDArray[np.bool_] = keep
     return result
 
 
@@ -89,8 +112,9 @@ def matched_pairs(
     runs_b: pd.DataFrame,
     ignoring: Collection[str] = (),
     holding: Collection[str] = (),
+    statuses: Collection[str] = FINISHED,
 ) -> list[Pair]:
-    """All pairs of finished runs that share the seed and every factor that both have.
+    """All pairs of runs that share the seed and every factor that both have.
 
     Args:
         runs_a: rows of ``with_configs``.
@@ -98,26 +122,40 @@ def matched_pairs(
         ignoring: factors that need not agree; those inside or around them (``algorithm`` for
             ``algorithm.name``) neither.
         holding: paths of the configuration that must agree besides.
+        statuses: of the runs that take part.
     """
     free = {canonical_path(path) for path in ignoring}
-    finished = [runs[runs["status"] == "finished"].to_dict("records") for runs in (runs_a, runs_b)]
-    pairs = []
-    for a, b in itertools.product(*finished):
-        if a["seed"] != b["seed"] or a["trial_id"] == b["trial_id"]:
-            continue
-        if any(value_at(a, path) != value_at(b, path) for path in holding):
-            continue
-        cell_a, cell_b = (
-            {k: v for k, v in run["cell"].items() if not any(touches(k, f) for f in free)}
-            for run in (a, b)
-        )
-        if all(cell_a[path] == cell_b[path] for path in cell_a.keys() & cell_b.keys()):
-            within = canonical_json(cell_a | cell_b)
-            pairs.append(Pair(a["trial_id"], b["trial_id"], int(a["seed"]), within))
-    return pairs
+    sides = []
+    for runs in (runs_a, runs_b):
+        rows = runs[runs["status"].isin(statuses)].to_dict("records")
+        cells = [
+            {k: v for k, v in row["cell"].items() if not any(touches(k, f) for f in free)}
+            for row in rows
+        ]
+        held = [
+            canonical_json([row["seed"], *(value_at(row, path) for path in holding)])
+            for row in rows
+        ]
+        sides.append(list(zip(rows, cells, held, strict=True)))
+    alike: dict[str, list[tuple[dict[Any, Any], dict[str, str]]]] = {}
+    for b, cell_b, held_b in sides[1]:
+        alike.setdefault(held_b, []).append((b, cell_b))
+    return [
+        Pair(a["trial_id"], b["trial_id"], int(a["seed"]), canonical_json(cell_a | cell_b))
+        for a, cell_a, held_a in sides[0]
+        for b, cell_b in alike.get(held_a, ())
+        if a["trial_id"] != b["trial_id"]
+        and all(cell_a[path] == cell_b[path] for path in cell_a.keys() & cell_b.keys())
+    ]
 
 
-def factor_pairs(runs: pd.DataFrame, factor: str, level: str, reference: str) -> list[Pair]:
+def factor_pairs(
+    runs: pd.DataFrame,
+    factor: str,
+    level: str,
+    reference: str,
+    statuses: Collection[str] = FINISHED,
+) -> list[Pair]:
     """Matched pairs of runs at ``level`` (a) and ``reference`` (b) of ``factor``, by labels.
 
     All other factors that both have agree, those inside or around this one too.
@@ -125,7 +163,46 @@ def factor_pairs(runs: pd.DataFrame, factor: str, level: str, reference: str) ->
     at = np.array([cell.get(factor, "") for cell in runs["cell"]])
     others = [{k: v for k, v in cell.items() if k != factor} for cell in runs["cell"]]
     runs = runs.assign(cell=pd.Series(others, index=runs.index, dtype=object))
-    return matched_pairs(runs[at == level], runs[at == reference])
+    return matched_pairs(runs[at == level], runs[at == reference], statuses=statuses)
+
+
+def control_pairs(runs: pd.DataFrame, statuses: Collection[str] = FINISHED) -> list[Pair]:
+    """Matched pairs of the lr_times_3 controls (a) and the runs that they vary (b)."""
+    plain = runs[_asked(runs, ())]
+    return matched_pairs(runs[runs["control"] == "lr_times_3"], plain, statuses=statuses)
+
+
+def having(runs: pd.DataFrame, factor: str) -> pd.DataFrame:
+    """Runs that have a factor, without controls, and surrogates only if it is the reward."""
+    has = np.array([factor in cell for cell in runs["cell"]], bool)
+    result: pd.DataFrame = runs[has & _asked(runs, (), factor)]
+    return result
+
+
+def contrasts(
+    study: StudyBase, runs: pd.DataFrame, statuses: Collection[str] = FINISHED
+) -> dict[str, list[Contrast]]:
+    """Each level of each factor against its reference; ``control.lr_times_3`` is a factor too.
+
+    Args:
+        study: gives factors and reference levels.
+        runs: result of ``with_configs``.
+        statuses: of the runs that take part.
+    """
+    found: dict[str, list[Contrast]] = {}
+    for factor, levels in study.factors.items():
+        reference = study.reference_level(factor)
+        plain = having(runs, factor)
+        found[factor] = [
+            Contrast(level, reference, apart(plain, tags_of(factor), pairs))
+            for level in dict.fromkeys(level_label(level) for level in levels)
+            if level != reference
+            for pairs in [factor_pairs(plain, factor, level, reference, statuses)]
+        ]
+    if "lr_times_3" in study.controls:
+        pairs = control_pairs(runs, statuses)
+        found["control.lr_times_3"] = [Contrast("lr_times_3", "none", {"{}": pairs})]
+    return found
 
 
 def run_pairs(runs: pd.DataFrame, between: str) -> list[tuple[Any, Any]]:
@@ -164,6 +241,8 @@ def apart(runs: pd.DataFrame, tags: Sequence[str], pairs: Sequence[Pair]) -> dic
     Returns:
         JSON of the tags' values -> pairs; ``{}`` -> pairs if the runs do not differ in the tags.
     """
+    if not tags:
+        return {"{}": list(pairs)}
     values = {
         run["trial_id"]: canonical_json(
             {tag: value for tag in tags for value in value_at(run, tag)}
@@ -178,22 +257,34 @@ def apart(runs: pd.DataFrame, tags: Sequence[str], pairs: Sequence[Pair]) -> dic
     return groups
 
 
-def by_seed(pairs: Sequence[Pair], values: npt.ArrayLike) -> Floats:
-    """Mean of the pairs' values within each seed, in order of the seeds.
+def seed_means(pairs: Sequence[Pair], values: npt.ArrayLike) -> Floats:
+    """Mean of the pairs' values within each seed: first within, then over what is held fixed.
 
-    Only seeds that have every combination of the factors held fixed count: else a lost run would
-    pass for an effect of its cell.
+    nan in seeds that lack a combination of the factors held fixed: else a lost run would pass for
+    an effect of its cell.
 
     Args:
         pairs: P matched pairs.
-        values: [P]; nan where a value could not be had.
+        values: [P, ...]; nan where a value could not be had.
+
+    Returns:
+        [seeds, ...], in order of the seeds.
     """
-    found: dict[tuple[int, str], list[float]] = {}
-    for pair, value in zip(pairs, np.asarray(values, np.float64), strict=True):
-        found.setdefault((pair.seed, pair.within), []).append(value)
-    seeds, withins = sorted({seed for seed, _ in found}), sorted({within for _, within in found})
-    means = [
-        np.mean([np.mean(found.get((seed, within), np.nan)) for within in withins])
-        for seed in seeds
-    ]
-    return np.array([mean for mean in means if not np.isnan(mean)], np.float64)
+    array = np.asarray(values, np.float64)
+    if not pairs:
+        return np.empty(array.shape)
+    seeds, seed_of = np.unique([pair.seed for pair in pairs], return_inverse=True)
+    withins, within_of = np.unique([pair.within for pair in pairs], return_inverse=True)
+    shape = (seeds.size, withins.size)
+    sums, counts = np.zeros((*shape, *array.shape[1:])), np.zeros(shape)
+    np.add.at(sums, (seed_of, within_of), array)
+    np.add.at(counts, (seed_of, within_of), 1)
+    counts = np.where(counts > 0, counts, np.nan).reshape(shape + (1,) * (array.ndim - 1))
+    means: Floats = (sums / counts).mean(axis=1)
+    return means
+
+
+def by_seed(pairs: Sequence[Pair], values: npt.ArrayLike) -> Floats:
+    """``seed_means`` of ``values`` [P] in the seeds that have all."""
+    means = seed_means(pairs, values)
+    return means[~np.isnan(means)]

@@ -5,7 +5,7 @@ study from YAML.
 """
 
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -92,7 +92,8 @@ class StudyBase(Config):
     @property
     def measured_views(self) -> tuple[str, ...]:
         """Views that the diff stage measures, the default one first, then those of claims."""
-        named = [c.response.split("@")[1] for c in self.claims if "@" in c.response]
+        given = [text for c in self.claims for text in (c.response, getattr(c, "on", ""))]
+        named = [text.split("@")[1] for text in given if "@" in text]
         return tuple(dict.fromkeys([self.default_view, *self.views, *named]))
 
     def reference_level(self, path: str) -> str:
@@ -133,6 +134,11 @@ class PairStudy(StudyBase):
     reference: dict[str, Scalar] = Field(default_factory=dict)
     settings: dict[str, Scalar] = Field(default_factory=dict)
 
+    @property
+    def default_view(self) -> View:
+        """The first of ``views``; without any, as in other studies."""
+        return self.views[0] if self.views else super().default_view
+
     def reference_level(self, path: str) -> str:
         """See the class."""
         return level_label(self.reference.get(path, self.factors[path][0]))
@@ -166,15 +172,19 @@ class Trial:
 
     @property
     def label(self) -> str:
-        """Short text for people: algorithm, seed and what is special about the trial."""
-        special = [
-            f"{path.removesuffix('.name').split('.', 1)[-1]}={label}"
-            for path, label in self.cell.items()
-            if canonical_path(path) != "algorithm.name"
-        ]
-        own = self.config.algorithm.name
-        name = own + self.cell.get("algorithm", own).removeprefix(own)
-        return " ".join([name, f"s{self.config.seed}", *special, *filter(None, [self.control])])
+        """See ``run_label``."""
+        return run_label(self.config.algorithm.name, self.config.seed, self.cell, self.control)
+
+
+def run_label(algorithm: str, seed: int, cell: Mapping[str, str], control: str | None) -> str:
+    """Short text for people: algorithm, seed and what is special about the run."""
+    special = [
+        f"{path.removesuffix('.name').split('.', 1)[-1]}={label}"
+        for path, label in cell.items()
+        if canonical_path(path) != "algorithm.name"
+    ]
+    name = algorithm + cell.get("algorithm", algorithm).removeprefix(algorithm)
+    return " ".join([name, f"s{seed}", *special, *filter(None, [control])])
 
 
 def left_out(asked: Collection[str], varied: str = "") -> set[Role]:

@@ -1,6 +1,7 @@
 """Reads study files: strict YAML 1.2, with errors that name the line and what is allowed."""
 
 import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,18 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from rlsparse.claim_config import EquivalentClaim, GreaterClaim
+from rlsparse.claim_checks import check_claims, paths
 from rlsparse.config import TrialConfig
-from rlsparse.definitions import DEFINITIONS, VIEWS
 from rlsparse.errors import ConfigError, nearest
-from rlsparse.levels import Scalar, canonical_path, paths_of
-from rlsparse.study import Study, StudyError, Trial, expand, left_out
+from rlsparse.levels import canonical_path, level_label, touches
+from rlsparse.pair_runs import PairRun, described, pair_runs
+from rlsparse.pair_table import TOLD, read_pairs
+from rlsparse.study import PairStudy, Study, StudyError, Trial, expand
 from rlsparse.variants import Location, distinct, explain, place_of
 
 
-def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
-    """Read and check a study file.
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study | PairStudy:
+    """Read and check a study file; one with ``pairs`` is of runs made elsewhere.
 
     Args:
         path: the YAML file; its stem is the study's name.
@@ -43,14 +45,13 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     for override in overrides:
         _set(raw, override)
     raw.setdefault("name", path.stem)
+    kind = PairStudy if "pairs" in raw else Study
     try:
-        study = Study.model_validate(raw)
-        trials = expand(study, fingerprint=lambda base: base.source, data_version=lambda config: "")
-        _check_factors(study, trials)
-        _check_claims(study, trials)
+        study, trials = _read_pairs(raw, path) if "pairs" in raw else _read_grid(raw)
+        check_claims(study, trials)
     except ValidationError as error:
         lines = [
-            f"{path}:{_line(document, place_of(Study, raw, one))}: {explain(Study, raw, one)}"
+            f"{path}:{_line(document, place_of(kind, raw, one))}: {explain(kind, raw, one)}"
             for one in distinct(error.errors())
         ]
         raise ConfigError("\n".join(lines)) from error
@@ -59,106 +60,55 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     return study
 
 
+def _read_grid(raw: dict[str, Any]) -> tuple[Study, Sequence[Trial]]:
+    study = Study.model_validate(raw)
+    trials = expand(study, fingerprint=lambda base: base.source, data_version=lambda config: "")
+    _check_factors(study, trials)
+    return study, trials
+
+
+def _read_pairs(raw: dict[str, Any], path: Path) -> tuple[PairStudy, Sequence[PairRun]]:
+    """A study of pairs, with what its CSV file says; the path of that is absolute then."""
+    for key in ("factors", "controls"):
+        if key in raw:
+            raise StudyError(
+                f"{key} has no place beside pairs: columns of {raw['pairs']} tell it; leave it out"
+            ).at(key)
+    stated = PairStudy.model_validate(raw)
+    pairs = read_pairs(path.absolute().parent / stated.pairs)
+    for one, other in itertools.product(stated.settings, [*pairs.columns, *TOLD]):
+        if touches(canonical_path(one), canonical_path(other)):
+            raise StudyError(
+                f"settings: {one} has no place here: {pairs.path} has a column that tells it"
+            ).at("settings", one)
+    study = described(stated, pairs)
+    for one, level in study.reference.items():
+        known = [level_label(value) for value in study.factors.get(one, [])]
+        if level_label(level) not in known:
+            raise StudyError(
+                f"reference: {one} {level_label(level)} is no level of a factor; "
+                + (f"its levels: {', '.join(known)}" if known else nearest(one, [*study.factors]))
+            ).at("reference", one)
+    return study, pair_runs(study, pairs)
+
+
 def _check_factors(study: Study, trials: Sequence[Trial]) -> None:
-    """Every factor must exist in at least one trial; every claim's factor must be varied.
+    """Every factor must exist in at least one trial.
 
     Raises:
-        StudyError: it does not, or is not.
+        StudyError: it does not.
     """
     lists = "list the seeds under `seeds`"
     if "seed" in study.baseline.model_fields_set:
         raise StudyError(f"baseline: seed has no place here; {lists}").at("baseline", "seed")
     if "seed" in study.factors:
         raise StudyError(f"factors: seed is not a factor; {lists}").at("factors", "seed")
-    known = _paths(trials)
+    known = paths(trials)
     for path in study.factors:
         if not any(path in trial.cell for trial in trials):
             raise StudyError(f"factors: unknown factor {path}; {nearest(path, known)}").at(
                 "factors", path
             )
-    for index, claim in enumerate(study.claims):
-        if isinstance(claim, EquivalentClaim) and claim.factor not in study.factors:
-            raise StudyError(
-                f"claims: {claim.id} names the factor {claim.factor}, which this study does not "
-                f"vary; its factors: {', '.join(study.factors) or 'none'}"
-            ).at("claims", index, "factor")
-
-
-def _paths(trials: Sequence[Trial]) -> list[str]:
-    return sorted({p for t in trials for p in paths_of(t.config.model_dump(mode="json"))})
-
-
-_RESPONSES = ("score_after", "score_gain", "identical_replicates")
-
-
-def _check_claims(study: Study, trials: Sequence[Trial]) -> None:
-    """Find now what would leave a claim undecided after all training.
-
-    Raises:
-        StudyError: a response that does not exist, or a selector that matches no planned trial.
-    """
-    known = [
-        *_RESPONSES,
-        *(f"sparsity.{name}" for name in DEFINITIONS),
-        "overlap.bitwise",
-    ]
-    for index, claim in enumerate(study.claims):
-        name, at, view = claim.response.partition("@")
-        here = ("claims", index, "response")
-        if name not in known:
-            raise StudyError(
-                f"claims: {claim.id}: unknown response {name}; {nearest(name, known)}"
-            ).at(*here)
-        if at and view not in VIEWS:
-            raise StudyError(f"claims: {claim.id}: unknown view {view}; {nearest(view, VIEWS)}").at(
-                *here
-            )
-        sides = {"a": claim.a, "b": claim.b} if isinstance(claim, GreaterClaim) else {"where": {}}
-        for key, side in sides.items():
-            selector = {**claim.where, **side}
-            for path, value in selector.items():
-                place = ("claims", index, key if path in side else "where", path)
-                _check_selector(claim.id, path, value, trials, place)
-            hidden = left_out(selector, claim.varied)
-            if not any(
-                t.role not in hidden and all(_value(t, k) == v for k, v in selector.items())
-                for t in trials
-            ):
-                raise StudyError(f"claims: {claim.id}: no planned trial has {selector}").at(
-                    "claims", index, key
-                )
-
-
-def _check_selector(
-    claim_id: str, path: str, value: Scalar, trials: Sequence[Trial], place: Location
-) -> None:
-    values = [found for trial in trials if (found := _value(trial, path)) is not _NOWHERE]
-    if not values:
-        known = sorted([*_paths(trials), *_COLUMNS])
-        raise StudyError(f"claims: {claim_id}: unknown selector {path}; {nearest(path, known)}").at(
-            *place
-        )
-    if value not in values:
-        there = ", ".join(sorted({str(found) for found in values}))
-        raise StudyError(
-            f"claims: {claim_id}: no planned trial has {path} {value}; there: {there}"
-        ).at(*place)
-
-
-_COLUMNS = ("role", "control", "replicate")
-_NOWHERE = object()
-
-
-def _value(trial: Trial, path: str) -> Any:
-    """What a trial has at a selector's path; ``_NOWHERE`` if it has no such path."""
-    if path in _COLUMNS:
-        return getattr(trial, path)
-    node: Any = trial.config.model_dump(mode="json")
-    for part in canonical_path(path).split("."):
-        if not isinstance(node, dict) or part not in node:
-            return _NOWHERE
-        node = node[part]
-    return node
 
 
 def _plain(node: Any) -> Any:
@@ -188,7 +138,7 @@ def _set(raw: dict[str, Any], override: str) -> None:
             f"--set {override!r}: the value is not YAML: {_one_line(error)}"
         ) from error
     parts = key.split(".")
-    if parts[0] == "factors":  # its keys are dotted paths themselves
+    if parts[0] in ("factors", "settings", "reference"):  # its keys are dotted paths themselves
         parts = key.split(".", 1)
     if parts[0] in TrialConfig.model_fields:
         parts.insert(0, "baseline")

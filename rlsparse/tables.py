@@ -3,9 +3,11 @@
 A table is a Parquet file or a folder of Parquet files.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rlsparse.errors import TableError
@@ -30,14 +32,17 @@ def check(table: pa.Table, name: str) -> pa.Table:
     Raises:
         TableError: a column is missing or cannot be cast.
     """
+    return _fitted(table, name, SCHEMAS[name].names)
+
+
+def _fitted(table: pa.Table, name: str, columns: Sequence[str]) -> pa.Table:
+    """``check`` for some columns of the schema."""
     schema = SCHEMAS[name]
-    missing = [field for field in schema.names if field not in table.column_names]
+    missing = [column for column in columns if column not in table.column_names]
     if missing:
         raise TableError(f"table {name} lacks the columns {missing}")
-    extra = [
-        table.schema.field(column) for column in table.column_names if column not in schema.names
-    ]
-    full = pa.schema([*schema, *extra], metadata=schema.metadata)
+    extra = [field for field in table.schema if field.name not in schema.names]
+    full = pa.schema([*map(schema.field, columns), *extra], metadata=schema.metadata)
     try:
         return table.select(full.names).cast(full)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
@@ -62,31 +67,49 @@ def write(table: pa.Table, name: str, path: Path) -> None:
     pq.write_table(check(table, name), path, compression="zstd")
 
 
-def read(path: Path, name: str) -> pa.Table:
+def read(
+    path: Path,
+    name: str,
+    columns: Sequence[str] | None = None,
+    rows: pc.Expression | None = None,
+) -> pa.Table:
     """Read table ``name`` from a Parquet file, or from a folder of them (in file-name order).
+
+    Columns of the schema that an older version lacks are null.
+
+    Args:
+        path: the file or folder.
+        name: of the table.
+        columns: of the schema, the only ones to read; all and further ones by default.
+        rows: the rows to keep, by what is in the columns read; all by default.
 
     Raises:
         TableError: nothing is there, or it was written under another schema version.
     """
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not path.exists():
-        raise TableError(f"no table {name} at {path}; run the study, or `rlsparse report` on it")
-    if not files:
-        return SCHEMAS[name].empty_table()
+        raise TableError(f"no table {name} at {path}; `rlsparse run` makes it again")
+    kept = SCHEMAS[name].names if columns is None else list(columns)
+    empty = SCHEMAS[name].empty_table().select(kept)
     try:
-        parts = [pq.read_table(file, partitioning=None) for file in files]
+        parts = [_read_file(file, columns, rows) for file in files]
     except (pa.ArrowException, OSError) as error:
         raise TableError(
             f"table {name} at {path} is damaged ({error}); delete it and run the study again"
         ) from error
-    for file, part in zip(files, parts, strict=True):
-        version = (part.schema.metadata or {}).get(b"rlsparse_schema", b"none").decode()
+    parts = [part.replace_schema_metadata(SCHEMAS[name].metadata) for part in parts]
+    return _fitted(pa.concat_tables([*parts, empty], promote_options="default"), name, kept)
+
+
+def _read_file(path: Path, columns: Sequence[str] | None, rows: pc.Expression | None) -> pa.Table:
+    with pq.ParquetFile(path) as file:
+        schema = file.schema_arrow
+        version = (schema.metadata or {}).get(b"rlsparse_schema", b"none").decode()
         if version not in {SCHEMA_VERSION, *OLDER_VERSIONS}:
             raise TableError(
-                f"{file} has schema version {version}, this release reads {SCHEMA_VERSION}; "
+                f"{path} has schema version {version}, this release reads {SCHEMA_VERSION}; "
                 "run the study again to rebuild its tables"
             )
-    # Columns that an older version lacks are null.
-    parts = [part.replace_schema_metadata(SCHEMAS[name].metadata) for part in parts]
-    whole = pa.concat_tables([*parts, SCHEMAS[name].empty_table()], promote_options="default")
-    return check(whole, name)
+    there = None if columns is None else [name for name in columns if name in schema.names]
+    # Of a file of several row groups, only those that can hold such rows are read.
+    return pq.read_table(path, columns=there, filters=rows, partitioning=None)

@@ -139,9 +139,16 @@ def test_mixed_formats_need_a_cast(tmp_path):
     assert rounded.tensors[0]["dtype_after"] == "fp32"
     exact = diff_checkpoints(pair.before, after, casts=["fp32"])
     assert exact.sparsity["bitwise"] == 0
-    for wrong in ("stored", "int4"):
-        with pytest.raises(CheckpointError, match="choose of fp32, bf16"):
-            diff_checkpoints(pair.before, after, casts=[wrong])
+    for casts, message in ((["stored"], "--cast bf16"), (["int4"], "choose of stored, fp32, bf16")):
+        with pytest.raises(CheckpointError, match=message):
+            diff_checkpoints(pair.before, after, casts=casts)
+
+
+def test_stored_among_the_casts(tmp_path):
+    pair = planted.make_pair(tmp_path)
+    found = diff_checkpoints(pair.before, pair.after, casts=["stored", "fp8_e4m3"])
+    assert found.views == ("stored", "fp8_e4m3")
+    assert found.sparsity == diff_checkpoints(pair.before, pair.after).sparsity
 
 
 def test_nothing_in_common(tmp_path):

@@ -1,18 +1,20 @@
 """Selection, matching and contrasts on small tables with known answers."""
 
 import json
+import time
 from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from scipy import stats
 
 from rlsparse import effects, tables
-from rlsparse.claim_config import At
 from rlsparse.config import ModelConfig
 from rlsparse.definitions import DEFINITIONS
 from rlsparse.identity import canonical_json
+from rlsparse.responses import responses
 from rlsparse.study import Study, Trial, expand
 
 N = 1_000_000
@@ -41,17 +43,18 @@ def make_tables(
     density: Callable[[Trial], float],
     failed: Callable[[Trial], bool] = lambda trial: False,
     score: Callable[[Trial], float] = lambda trial: 0.5,
+    kl: Callable[[Trial], float] = lambda trial: 0.02,
     more: Callable[[Trial], dict[str, object]] = lambda trial: {},
     by_definition: Callable[[Trial, str], float] = lambda trial, definition: 1.0,
 ) -> tuple[pa.Table, pa.Table, pa.Table]:
-    """Tables trials, steps, tensor_deltas: two chunks, snapshots at step 10 and 20.
+    """Tables trials, steps, changes: two modules, snapshots at step 10 and 20.
 
-    At step 10 a run has half its density and half its gain in score. ``more`` gives further columns
-    of trials, ``by_definition`` the factor on density under a definition.
+    At step 10 a run has half its density, half its gain in score and half its KL. ``more`` gives
+    further columns of trials, ``by_definition`` the factor on density under a definition.
     """
     rows: list[dict[str, object]] = []
     steps: list[dict[str, object]] = []
-    deltas: list[dict[str, object]] = []
+    changes: list[dict[str, object]] = []
     for trial in trials:
         lost = failed(trial)
         row = {
@@ -65,6 +68,7 @@ def make_tables(
             "role": trial.role,
             "control": trial.control,
             "num_steps": 20,
+            "kl_final": None if lost else kl(trial),
             "num_eval_problems": 512,
             "score_before": 0.25,
             "score_after": None if lost else score(trial),
@@ -76,19 +80,20 @@ def make_tables(
             value = 0.25 + share * (score(trial) - 0.25)
             steps.append({"trial_id": trial.trial_id, "step": step, "score": value})
             if step:
-                for chunk in (0, 1):
-                    delta = {"trial_id": trial.trial_id, "step_after": step, "view": "stored"}
-                    delta |= {"chunk": chunk, "num_elements": N // 2}
+                steps[-1]["kl_base"] = share * kl(trial)
+                for layer, module in ((0, "q"), (None, "embed")):
+                    change = {"trial_id": trial.trial_id, "step": step, "view": "stored"}
+                    change |= {"layer": layer, "module": module, "num_elements": N // 2}
                     for name in DEFINITIONS:
                         changed = round(density(trial) * by_definition(trial, name) * share * N)
-                        part = changed // 3 if chunk else changed - changed // 3
-                        delta[f"num_changed_{name}"] = part
-                    deltas.append(delta)
+                        part = changed // 3 if layer is None else changed - changed // 3
+                        change[f"num_changed_{name}"] = part
+                    changes.append(change)
         steps.append({"trial_id": trial.trial_id, "step": 5, "score": None})
     return (
         tables.from_rows(rows, "trials"),
         tables.from_rows(steps, "steps"),
-        tables.from_rows(deltas, "tensor_deltas"),
+        tables.from_rows(changes, "changes"),
     )
 
 
@@ -98,8 +103,14 @@ def odds(density: float) -> float:
 
 
 def effects_of(study: Study, *made: pa.Table) -> pd.DataFrame:
-    found = effects.responses(*made, study.default_view)
-    return effects.effects(study, made[0], found).to_pandas()
+    """Primary rows of all weights."""
+    frame = all_effects_of(study, *made)
+    return frame[frame["method"].isin([effects.MATCHED, effects.RATES]) & frame["module"].isna()]
+
+
+def all_effects_of(study: Study, *made: pa.Table) -> pd.DataFrame:
+    found = responses(*made, study.default_view)
+    return effects.effects(study, made[0], found, made[2]).to_pandas()
 
 
 def pick(frame: pd.DataFrame, **wanted: object) -> pd.Series:
@@ -107,103 +118,6 @@ def pick(frame: pd.DataFrame, **wanted: object) -> pd.Series:
         frame = frame[frame[name] == value]
     assert len(frame) == 1, frame
     return frame.iloc[0]
-
-
-def test_responses_by_hand() -> None:
-    study = make_study(seeds=[0])
-    made = make_tables(trials_of(study), lambda t: 0.2, score=lambda t: 0.75)
-    frame = effects.responses(*made, "stored")
-    ours = frame[frame["response"] == "sparsity.bitwise@stored"]
-    assert ours[["step", "value", "numerator", "n", "last"]].to_numpy().tolist() == [
-        [10, 0.9, 100_000, N, False],
-        [20, 0.8, 200_000, N, True],
-    ]
-    scores = frame[frame["response"] == "score_after"]
-    assert scores[["step", "value", "numerator", "last"]].to_numpy().tolist() == [
-        [0, 0.25, 128, False],
-        [10, 0.5, 256, False],
-        [20, 0.75, 384, True],
-    ]
-    gain = frame[frame["response"] == "score_gain"]
-    assert gain["value"].tolist() == [0, 0.25, 0.5]
-    names = {f"sparsity.{name}@stored" for name in DEFINITIONS}
-    assert set(frame["response"]) == names | {"score_after", "score_gain"}
-    np.testing.assert_allclose(
-        effects.scaled(pd.concat([ours, scores, gain]))[[1, 4, 7]],
-        [odds(0.2), np.log(384.5 / 128.5), 0.5],
-        rtol=1e-5,
-    )
-
-
-def test_default_view_comes_first() -> None:
-    *made, deltas = make_tables(trials_of(make_study(seeds=[0])), lambda t: 0.2)
-    again = deltas.set_column(3, "view", pa.array(["bf16"] * deltas.num_rows))
-    both = pa.concat_tables([deltas, again])
-    for view in ("stored", "bf16"):
-        names = list(dict.fromkeys(effects.responses(*made, both, view)["response"]))
-        at = [i for i, name in enumerate(names) if "@" in name and not name.endswith(f"@{view}")]
-        assert at == list(range(len(names) - 7, len(names)))
-
-
-RUN = pd.DataFrame(
-    {
-        "step": [0, 10, 20, 30],
-        "log_density": [np.nan, -3.0, -2.0, -1.0],
-        "score": [0.1, 0.4, 0.6, 0.5],
-    }
-)
-
-
-@pytest.mark.parametrize(
-    ("at", "expected"),
-    [
-        (None, -1.0),
-        (At(step=20), -2.0),
-        (At(score=0.4), -3.0),
-        (At(score=0.45), -2.75),
-        (At(score=0.5), -2.5),  # first reached between 10 and 20, not at 30
-        (At(score=0.6), -2.0),
-    ],
-)
-def test_density_at(at: At | None, expected: float) -> None:
-    value, why = effects.density_at(RUN, at)
-    assert value == pytest.approx(expected)
-    assert why == ""
-
-
-@pytest.mark.parametrize(
-    ("run", "at", "why"),
-    [
-        (RUN, At(step=15), "no snapshot at step 15; there are 10, 20, 30"),
-        (RUN, At(score=0.7), "score 0.7 is not reached"),
-        (RUN, At(score=0.05), "reached before the first snapshot"),
-        (RUN, At(score=0.3), "reached before the first snapshot"),
-        (RUN, At(score="common"), "not a number"),
-        (RUN.iloc[:1], None, "nothing measured"),
-        (RUN.assign(score=np.nan), At(score=0.3), "not reached"),
-    ],
-)
-def test_density_that_cannot_be_had_says_why(run: pd.DataFrame, at: At | None, why: str) -> None:
-    value, found = effects.density_at(run, at)
-    assert value is None
-    assert why in found
-
-
-def test_common_score() -> None:
-    assert effects.common_score(RUN, RUN.assign(score=[0.1, 0.5, 0.2, 0.2])) == 0.5
-    assert np.isnan(effects.common_score(RUN, RUN.assign(score=np.nan)))
-
-
-def test_snapshots_join_density_and_score() -> None:
-    study = make_study(seeds=[0])
-    (trial,) = trials_of(study)
-    made = make_tables([trial], lambda t: 0.2)
-    frame = effects.responses(*made, "stored")
-    table = effects.snapshots(frame, trial.trial_id, "sparsity.bitwise@stored")
-    assert table["step"].tolist() == [0, 10, 20]
-    np.testing.assert_allclose(np.exp(table["log_density"]), [np.nan, 0.1, 0.2], rtol=1e-4)
-    assert table["score"].tolist() == [0.25, 0.375, 0.5]
-    assert effects.snapshots(frame, "nobody", "sparsity.bitwise@stored").empty
 
 
 FACTORIAL = make_study(
@@ -251,6 +165,8 @@ def test_planted_effects_are_recovered() -> None:
     assert control["estimate"].nunique() == 1
     assert control["p_adjusted"].tolist() == [0.125, 0.125]  # one test, shown twice
     assert set(frame.loc[frame["response"] == "score_gain", "scale"]) == {"identity"}
+    assert set(frame.loc[frame["response"] == "failed", "scale"]) == {"identity"}
+    assert set(frame.loc[frame["response"] == "kl_final", "scale"]) == {"log"}
     assert set(ours["scale"]) == {"log_odds"}
 
 
@@ -296,9 +212,11 @@ def test_row_order_does_not_matter() -> None:
     assert effects_of(FACTORIAL, *shuffled).equals(effects_of(FACTORIAL, *made))
 
 
-def test_nothing_finished_is_an_empty_or_null_table() -> None:
+def test_where_nothing_finished_only_failures_are_compared() -> None:
     made = make_tables(trials_of(FACTORIAL), planted, lambda t: True)
-    assert effects_of(FACTORIAL, *made).empty
+    frame = all_effects_of(FACTORIAL, *made)
+    assert set(frame["response"]) == {"failed"}
+    assert set(frame["estimate"]) == {0.0}
 
 
 def test_fields_of_different_algorithms_are_not_pooled() -> None:
@@ -370,3 +288,151 @@ def test_surrogates_enter_only_where_the_reward_is_the_factor() -> None:
     control = frame[frame["response"] == "sparsity.bitwise@stored"]
     assert set(control["factor"]) == {"control.lr_times_3"}
     assert set(control["estimate"]) == {0.0}
+
+
+NOISY = make_study(factors={"algorithm.kl_coef": [0.0, 0.04]}, seeds=list(range(10)))
+
+
+def noisy(trial: Trial) -> float:
+    rng = np.random.default_rng([trial.config.seed, trial.cell["algorithm.kl_coef"] == "0.04"])
+    shared = np.random.default_rng(trial.config.seed).normal(0, 0.5)
+    return float(0.1 * np.exp(shared + rng.normal(0, 0.2)))
+
+
+def test_sensitivities_of_pooled_rows() -> None:
+    made = make_tables(trials_of(NOISY), noisy)
+    frame = all_effects_of(NOISY, *made)
+    frame = frame[(frame["response"] == "sparsity.bitwise@stored") & frame["module"].isna()]
+    frame = frame[frame["layer"].isna()]
+    assert frame["method"].tolist() == [effects.MATCHED, effects.UNPAIRED, effects.BOOTSTRAP]
+    assert set(frame["method"]) <= effects.METHODS.keys()
+    trials = sorted(trials_of(NOISY), key=lambda t: t.config.seed)
+    a, b = (
+        np.array([odds(round(noisy(t) * N) / N) for t in trials if t.cell == {NESTED: level}])
+        for level in ("0.04", "0.0")
+    )
+    assert np.unique(frame["estimate"].round(9)).size == 1
+    matched, unpaired, bootstrap = (row for _, row in frame.iterrows())
+    assert matched["estimate"] == pytest.approx((a - b).mean(), rel=1e-4)
+    assert matched["correlation"] == pytest.approx(np.corrcoef(a, b)[0, 1], rel=1e-4)
+    assert matched["correlation"] > 0.5
+    welch = stats.ttest_ind(a, b, equal_var=False)
+    assert (unpaired["ci_low"], unpaired["ci_high"]) == pytest.approx(
+        tuple(welch.confidence_interval(0.95)), rel=1e-3
+    )
+    assert unpaired["p_value"] == pytest.approx(welch.pvalue, rel=1e-3)
+    width = frame["ci_high"] - frame["ci_low"]
+    assert width.iloc[2] < width.iloc[0] < width.iloc[1]  # what matching gains
+    assert bootstrap["ci_low"] < bootstrap["estimate"] < bootstrap["ci_high"]
+    assert frame["p_adjusted"].isna().tolist() == [False, True, True]
+    assert frame["p_floor"].isna().tolist() == [False, True, True]
+    assert frame["num_runs"].tolist() == [10, 10, 10]
+
+
+def test_no_sensitivity_where_cells_are_not_pooled() -> None:
+    frame = all_effects_of(FACTORIAL, *make_tables(trials_of(FACTORIAL), planted))
+    others = frame[frame["method"] == effects.UNPAIRED]
+    assert set(others["within"]) == {"{}"}
+    assert not others.duplicated(["response", "factor", "level"]).any()
+    assert effects.BOOTSTRAP not in set(frame["method"])  # 4 seeds
+    assert "failed" not in set(others["response"])
+
+
+def test_no_correlation_without_spread() -> None:
+    study = make_study(factors={"algorithm.kl_coef": [0.0, 0.04]})
+    frame = effects_of(study, *make_tables(trials_of(study), lambda t: 0.1))
+    assert frame["correlation"].isna().all()
+
+
+def test_failure_rate_is_a_response() -> None:
+    def failed(trial: Trial) -> bool:
+        level, seed = trial.cell["algorithm.kl_coef"], trial.config.seed
+        return trial.cell["train.max_grad_norm"] == "null" and level == "0.04" and seed < 3
+
+    frame = effects_of(FACTORIAL, *make_tables(trials_of(FACTORIAL), planted, failed))
+    ours = frame[(frame["response"] == "failed") & (frame["level"] == "0.04")]
+    assert dict(zip(ours["within"], ours["estimate"], strict=True)) == {
+        "{}": 0.375,
+        '{"train.max_grad_norm":"1.0"}': 0,
+        '{"train.max_grad_norm":"null"}': 0.75,
+    }
+    assert set(ours["num_runs"]) == {4}
+    assert set(ours["method"]) == {effects.RATES}
+    assert ours[["ci_low", "ci_high"]].isna().to_numpy().all()
+    row = pick(ours, within='{"train.max_grad_norm":"null"}')
+    assert row["p_value"] == 0.25  # of 1, 1, 1, 0: 4 of 16 flips have a sum of 3 or more
+    assert row["p_adjusted"] == 1
+    control = frame[(frame["response"] == "failed") & (frame["factor"] == "control.lr_times_3")]
+    assert control["num_runs"].tolist() == [4, 4]
+    density = frame[(frame["response"] == "sparsity.bitwise@stored") & (frame["level"] == "0.04")]
+    assert pick(density, within="{}")["num_runs"] == 1
+
+
+def test_layers_and_modules_are_adjusted_together() -> None:
+    trials, steps, changes = make_tables(trials_of(NOISY), noisy)
+    bf16 = changes.set_column(2, "view", pa.array(["bf16"] * changes.num_rows))
+    at = changes.column_names.index("num_changed_bitwise")
+    bf16 = bf16.set_column(at, "num_changed_bitwise", pa.array([0] * changes.num_rows))
+    frame = all_effects_of(NOISY, trials, steps, pa.concat_tables([changes, bf16]))
+    parts = frame[frame["layer"].notna() | frame["module"].notna()]
+    keys = [tuple(None if pd.isna(x) else x for x in row)
+            for row in parts[["layer", "module"]].to_numpy(object)]  # fmt: skip
+    assert keys == [(0, None), (None, "embed"), (None, "q")]
+    assert set(parts["response"]) == {"sparsity.bitwise@stored"}
+    assert set(parts["method"]) == {effects.PART}
+    by_seed = sorted(trials_of(NOISY), key=lambda t: t.config.seed)
+    p = []
+    for row, third in zip(parts.to_dict("records"), (2, 1, 2), strict=True):
+        values = {
+            level: np.array([odds(noisy(t) * third / 3 * 2)
+                             for t in by_seed if t.cell == {NESTED: level}])
+            for level in ("0.04", "0.0")
+        }  # fmt: skip
+        gaps = values["0.04"] - values["0.0"]
+        assert row["estimate"] == pytest.approx(gaps.mean(), rel=1e-3, abs=1e-4)
+        low, high = stats.t.interval(0.95, 9, gaps.mean(), stats.sem(gaps))
+        assert (row["ci_low"], row["ci_high"]) == pytest.approx((low, high), rel=1e-3)
+        assert row["num_runs"] == 10
+        p.append(stats.ttest_1samp(gaps, 0).pvalue)
+    np.testing.assert_allclose(parts["p_value"], p, rtol=5e-3)
+    adjusted = stats.false_discovery_control(parts["p_value"])
+    np.testing.assert_allclose(parts["p_adjusted"], adjusted, rtol=1e-9)
+
+
+def test_five_hundred_runs_take_seconds() -> None:
+    study = make_study(
+        factors={
+            "algorithm.kl_coef": [0.0, 0.01, 0.02, 0.03, 0.04],
+            "train.max_grad_norm": [None, 0.5, 1.0, 2.0, 4.0],
+            "train.learning_rate": [1e-6, 1e-5],
+        },
+        seeds=list(range(10)),
+    )
+    trials = trials_of(study)
+    assert len(trials) == 500
+    made = make_tables(trials, lambda t: 0.1 + 0.001 * t.config.seed)
+    started = time.process_time()
+    frame = all_effects_of(study, *made)
+    assert time.process_time() - started < 15
+    primary = frame[(frame["method"] == effects.MATCHED) | (frame["method"] == effects.RATES)]
+    per_response = 4 * (10 + 1) + 4 * (10 + 1) + (25 + 1)
+    assert len(primary) == 11 * per_response
+
+
+def test_surrogates_of_a_control_are_no_runs_of_the_cell_that_they_vary() -> None:
+    """They bear its label: {"algorithm": "grpo"}."""
+    study = make_study(
+        factors={"algorithm": [{"name": "grpo"}, {"name": "sft"}]}, controls=["shuffled_reward"]
+    )
+
+    def density(trial: Trial) -> float:
+        return 0.01 if trial.role == "surrogate" else 0.2 if "sft" in trial.label else 0.1
+
+    trials = trials_of(study)
+    assert sum(trial.role == "surrogate" for trial in trials) == 4
+    row = pick(
+        effects_of(study, *make_tables(trials, density)),
+        response="sparsity.bitwise@stored",
+        level="sft",
+    )
+    assert row["estimate"] == pytest.approx(odds(0.2) - odds(0.1), rel=1e-4, abs=0)

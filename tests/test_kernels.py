@@ -486,3 +486,41 @@ def test_importing_the_package_compiles_nothing():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.strip() == ""
+
+
+# --- masks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_masks", [1, 2, 3, 5, 8, 33])
+@pytest.mark.parametrize("num_elements", [1, 63, 512, 40_003])
+def test_counts_over_masks(num_masks, num_elements):
+    rng = np.random.default_rng(num_masks)
+    bits = rng.random((num_masks, num_elements)) < rng.random((num_masks, 1))
+    bits[0] = True
+    masks = np.stack([np.packbits(row, bitorder="little") for row in bits])
+    both = bits.astype(np.int64) @ bits.T.astype(np.int64)
+    assert kernels.popcount_and(masks).tolist() == both.tolist()
+    labels = rng.integers(0, 70, num_elements).astype(np.uint16)
+    by_label = [np.bincount(labels[row], minlength=70).tolist() for row in bits]
+    assert kernels.label_counts(masks, labels, 70).tolist() == by_label
+    agreeing = np.bincount(bits.sum(axis=0), minlength=num_masks + 1)
+    assert kernels.agreement(masks, num_elements).tolist() == agreeing.tolist()
+
+
+def test_no_masks_have_no_counts():
+    none = np.zeros((0, 4), np.uint64)
+    assert kernels.popcount_and(none).shape == (0, 0)
+    assert kernels.label_counts(none, np.zeros(256, np.uint16), 3).shape == (0, 3)
+    assert kernels.agreement(none, 200).tolist() == [200]
+    empty = np.zeros((2, 0), np.uint8)
+    assert kernels.label_counts(empty, np.zeros(0, np.uint16), 1).tolist() == [[0], [0]]
+    assert kernels.agreement(empty, 0).tolist() == [0, 0, 0]
+
+
+def test_labels_must_fit_the_masks():
+    masks = np.full((1, 8), 255, np.uint8)
+    for labels in (np.zeros(128, np.uint16), np.zeros(60, np.int64)):
+        with pytest.raises(CheckpointError, match="labels do not fit masks of 1 words"):
+            kernels.label_counts(masks, labels, 4)
+    with pytest.raises(CheckpointError, match="label 4 is not below the number of 4"):
+        kernels.label_counts(masks, np.full(64, 4, np.uint16), 4)

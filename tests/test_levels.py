@@ -24,6 +24,7 @@ def test_labels():
     for level, label in labels.items():
         assert level_label(level) == label
     assert level_label({"name": "dpo", "beta": 0.1, "x": None}) == "dpo(beta=0.1, x=null)"
+    assert level_label({"name": "dpo", "x": None, "beta": 0.1}) == "dpo(beta=0.1, x=null)"
     assert level_label({"name": "sft"}) == "sft"
     assert level_label(["q", "k"]) == "[q, k]"
     assert level_label({"trainable_layers": [0, 2], "x": [None, 0.1]}) == (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_effects import make_study, make_tables, trials_of
 
-from rlsparse import effects, selection
+from rlsparse import selection
 from rlsparse.identity import canonical_json
 from rlsparse.selection import Pair
 from rlsparse.study import Study
@@ -60,7 +60,7 @@ def test_nested_factors_match_on_what_both_have() -> None:
         assert clip[pair.a] == clip[pair.b] == held["train.max_grad_norm"]
     assert len(selection.factor_pairs(plain, "algorithm.kl_coef", "0.04", "0.0")) == 4 * 2
     assert selection.matched_pairs(plain, plain, ["train.batch_size"]) == []
-    controls = effects.control_pairs(runs)
+    controls = selection.control_pairs(runs)
     assert {p.within for p in controls} == {
         canonical_json(
             {"algorithm.name": "grpo", "algorithm.kl_coef": "0.0", "train.max_grad_norm": "null"}

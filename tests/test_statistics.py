@@ -110,3 +110,118 @@ def test_jackknife_interval_over_dependent_pairs_covers(node: float, pair: float
     assert np.mean(covered) > 0.93
     if node:
         assert np.mean(naive) < 0.85  # why a t interval over pairs will not do
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 2), (4, 4), (5, 3), (12, 7)])
+def test_welch_equals_scipy(n: int, m: int) -> None:
+    rng = np.random.default_rng(n)
+    a, b = rng.normal(1, 1, n), rng.normal(0, 3, m)
+    expected = stats.ttest_ind(a, b, equal_var=False)
+    gap, low, high, p = statistics.welch(a, b, 0.9)
+    assert gap == pytest.approx(a.mean() - b.mean(), rel=1e-12)
+    np.testing.assert_allclose((low, high), expected.confidence_interval(0.9), rtol=1e-9)
+    assert p == pytest.approx(expected.pvalue, rel=1e-9)
+
+
+def test_welch_of_few_or_constant_values() -> None:
+    assert np.isnan(statistics.welch([], [1.0])).all()
+    assert statistics.welch([3.0], [1.0, 2.0])[0] == 1.5
+    assert np.isnan(statistics.welch([3.0], [1.0, 2.0])[1:]).all()
+    assert statistics.welch([3.0, 3.0], [1.0, 1.0]) == (2.0, 2.0, 2.0, 0.0)
+    assert statistics.welch([3.0, 3.0], [3.0, 3.0])[3] == 1.0
+
+
+def test_bootstrap_equals_scipy_and_is_the_same_every_time() -> None:
+    values = np.random.default_rng(5).gamma(2, 1, 12)
+    found = statistics.bootstrap_interval(values)
+    expected = stats.bootstrap(
+        (values,), np.mean, n_resamples=20_000, method="percentile", rng=1
+    ).confidence_interval
+    assert found[0] == pytest.approx(values.mean(), rel=1e-12)
+    np.testing.assert_allclose(found[1:], expected, rtol=0.02)
+    assert statistics.bootstrap_interval(values) == found
+
+
+def test_bootstrap_is_shown_from_ten_units() -> None:
+    mean, low, high = statistics.bootstrap_interval(range(9))
+    assert (mean, np.isnan(low), np.isnan(high)) == (4.0, True, True)
+    assert not np.isnan(statistics.bootstrap_interval(range(10))).any()
+    assert np.isnan(statistics.bootstrap_interval([])[0])
+
+
+@pytest.mark.parametrize(("n", "expected"), [(4, 0.80), (8, 0.89)])
+def test_why_a_bootstrap_of_few_units_is_not_shown(n: int, expected: float) -> None:
+    rng = np.random.default_rng(6)
+    covered = []
+    for _ in range(1500):
+        values = rng.normal(0, 1, n)
+        means = values[rng.integers(0, n, (1000, n))].mean(axis=1)
+        low, high = np.quantile(means, [0.025, 0.975])
+        covered.append(low < 0 < high)
+    assert np.mean(covered) == pytest.approx(expected, abs=0.03)
+
+
+def test_benjamini_hochberg_equals_scipy() -> None:
+    rng = np.random.default_rng(7)
+    for size in (1, 2, 7, 40):
+        p = rng.beta(0.5, 1, size)
+        expected = stats.false_discovery_control(p, method="bh")
+        np.testing.assert_allclose(statistics.benjamini_hochberg(p), expected, rtol=1e-12)
+    found = statistics.benjamini_hochberg([0.01, np.nan, 0.04])
+    np.testing.assert_allclose(found, [0.03, np.nan, 0.06])
+    assert statistics.benjamini_hochberg([]).size == 0
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 7])
+def test_label_swap_equals_brute_force(n: int) -> None:
+    """Over runs of two levels: every way to give out the labels within each seed."""
+    rng = np.random.default_rng(n)
+    overlap = rng.normal(0, 1, (2 * n, 2 * n))
+    overlap += overlap.T
+    seed = np.arange(2 * n) // 2
+
+    def statistic(level: np.ndarray) -> float:
+        gaps = []
+        for kinds in ((0, 1), (1, 0)), ((0, 0),), ((1, 1),):
+            found = [
+                overlap[a, b]
+                for a in range(2 * n)
+                for b in range(a + 1, 2 * n)
+                if seed[a] != seed[b] and (level[a], level[b]) in kinds
+            ]
+            gaps.append(np.mean(found))
+        return gaps[0] - (gaps[1] + gaps[2]) / 2
+
+    labelings = [
+        np.array([label for first in swap for label in (first, 1 - first)])
+        for swap in itertools.product([0, 1], repeat=n)
+    ]
+    own = abs(statistic(labelings[0]))
+    expected = np.mean([abs(statistic(level)) >= own - 1e-12 for level in labelings])
+    gaps = np.zeros((n, n))
+    for i, j in itertools.permutations(range(n), 2):
+        (a, b), (c, d) = (2 * i, 2 * i + 1), (2 * j, 2 * j + 1)
+        across, within = overlap[a, d] + overlap[b, c], overlap[a, c] + overlap[b, d]
+        gaps[i, j] = (across - within) / 2
+    assert statistics.label_swap(gaps) == pytest.approx(expected, rel=1e-12)
+
+
+def test_label_swap_floor_is_what_equal_gaps_give() -> None:
+    for n in (2, 3, 4, 6, 18):
+        gaps = np.full((n, n), -1.0)
+        floor = statistics.label_swap_floor(n)
+        assert statistics.label_swap(gaps) == pytest.approx(floor, rel=1e-9, abs=1e-4)
+    assert statistics.label_swap_floor(2) == 1
+    assert statistics.label_swap_floor(6) == 1 / 32
+    assert np.isnan(statistics.label_swap(np.zeros((1, 1))))
+    assert np.isnan(statistics.label_swap(np.full((3, 3), np.nan)))
+
+
+def test_label_swap_is_valid_under_the_null() -> None:
+    rng = np.random.default_rng(8)
+    p = []
+    for _ in range(2000):
+        gaps = rng.normal(0, 1, (4, 4))
+        p.append(statistics.label_swap(gaps + gaps.T))
+    for alpha in (0.125, 0.25, 0.5):
+        assert np.mean(np.array(p) <= alpha) == pytest.approx(alpha, abs=0.03)

@@ -8,7 +8,7 @@ from small_study import STUDY, load, with_factors
 from rlsparse.config import DpoConfig, GrpoConfig, RlooConfig, SftConfig
 from rlsparse.errors import ConfigError
 from rlsparse.levels import level_label
-from rlsparse.study import Study, Trial, collapsed_factors, expand, reference_level
+from rlsparse.study import Study, Trial, collapsed_factors, expand
 from rlsparse.study_file import load_study
 from rlsparse.task_config import ChainSumConfig, ProductsConfig, SimpleEquationsConfig
 
@@ -333,7 +333,7 @@ def test_identity_follows_the_base_and_the_study(tmp_path):
 def test_reference_level_is_the_baselines_own(tmp_path, factor, reference):
     study = load(tmp_path, with_factors(f"  {factor}"))
     path = factor.partition(":")[0]
-    assert reference_level(study, path) == reference
+    assert study.reference_level(path) == reference
     assert reference in {trial.cell[path] for trial in trials_of(study)}
 
 

@@ -51,7 +51,7 @@ def test_words_of_yaml_1_1_are_text(tmp_path):
         ("kind: above_null", "kind: above_null\n    at: {stepp: 3}", 13,
          "unknown key claims.1.at.stepp; did you mean step?"),
         ("kind: exact", "kind: exakt", 10,
-         "unknown claims.0.kind exakt; did you mean exact? known: above_null, equivalent, exact"),
+         "unknown claims.0.kind exakt; did you mean exact? known: above_null, associated"),
         ("name: grpo", "name: gpro", 3,
          "unknown baseline.algorithm.name gpro; did you mean grpo? known: dpo, grpo, kto, orpo"),
         ("{name: grpo}", "\n    beta: 1\n    name: gpro", 5,
@@ -270,3 +270,97 @@ def test_claims_see_surrogates_only_if_they_ask(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"late: no planned trial has \{'algorithm': 'rloo'\}"):
         load(tmp_path, other)
+
+
+GRID = with_factors(
+    "  algorithm.kl_coef: [0.0, 0.04]\n  train.max_grad_norm: [null, 1.0]",
+    "controls: [lr_times_3]",
+).partition("claims:")[0]
+"""A study with two factors, up to its claims."""
+
+
+def test_all_kinds_of_claims_are_read(tmp_path):
+    listed = [
+        "kind: reproduces, value: 0.8, margin: 0.05",
+        "kind: below_null, null: [tensor, update_size, margins], module: q",
+        "kind: recovers, a: {train.max_grad_norm: 1.0}, b: {train.max_grad_norm: null}, "
+        "random: {algorithm.kl_coef: 0.04}",
+        "kind: monotone, factor: algorithm.kl_coef, direction: increasing",
+        "kind: interaction, factor: algorithm.kl_coef, by: train.max_grad_norm",
+        "kind: associated, on: sparsity.bitwise@fp32, response: kl_final, sign: negative",
+        "kind: greater, response: failed, a: {seed: 0}, b: {seed: 1}, at: {kl: common}",
+    ]
+    claims = "".join(f"  - {{id: c{i}, {claim}}}\n" for i, claim in enumerate(listed))
+    study = load(tmp_path, f"{GRID}claims:\n{claims}")
+    kinds = [claim.kind for claim in study.claims]
+    assert kinds[:3] == ["reproduces", "below_null", "recovers"]
+    assert kinds[3:] == ["monotone", "interaction", "associated", "greater"]
+    assert study.claims[1].nulls == ("tensor", "update_size", "margins")
+    assert "fp32" in study.measured_views
+
+
+@pytest.mark.parametrize(
+    ("claim", "said"),
+    [
+        ("kind: monotone, direction: increasing, factor: algorithm.kl_coeff",
+         "claims: late names the factor algorithm.kl_coeff, which this study does not vary; "
+         "did you mean algorithm.kl_coef?"),
+        ("kind: monotone, direction: up, factor: algorithm.kl_coef",
+         "claims.0.direction: Input should be 'increasing' or 'decreasing' (got 'up')"),
+        ("kind: interaction, factor: algorithm.kl_coef, by: train.max_grad_nor",
+         "late names the factor train.max_grad_nor, which this study does not vary; "
+         "did you mean train.max_grad_norm?"),
+        ("kind: interaction, factor: algorithm.kl_coef, by: algorithm.kl_coef",
+         "late: algorithm.kl_coef cannot interact with itself; name two factors"),
+        ("kind: associated, on: score_gian",
+         "late: unknown response score_gian; did you mean score_gain? known: score_after"),
+        ("kind: associated, on: overlap.bitwise", "late: unknown response overlap.bitwise"),
+        ("kind: associated, on: sparsity.bitwise@bf61",
+         "late: unknown view bf61; did you mean bf16"),
+        ("kind: recovers, a: {seed: 0}, b: {seed: 1}, random: {train.max_grad_nrm: 1.0}",
+         "late: unknown selector train.max_grad_nrm; did you mean train.max_grad_norm?"),
+        ("kind: recovers, a: {seed: 0}, b: {seed: 1}, random: {train.max_grad_norm: 2.0}",
+         "late: no planned trial has train.max_grad_norm 2.0; there: 1.0, None"),
+        ("kind: above_null, module: qq", "late: unknown module qq; did you mean q?"),
+        ("kind: above_null, module: q, tensor: a.b", "takes at most one of module, tensor"),
+        ("kind: above_null, between: algorithm.kl_cof",
+         "late: runs do not differ in algorithm.kl_cof; did you mean algorithm.kl_coef? known: "),
+        ("kind: above_null, between: train.batch_size",
+         "late: runs do not differ in train.batch_size"),
+        ("kind: below_null, null: [tensor, surrogate]",
+         "late: null surrogate needs runs whose reward carries no information; add one of the "
+         "controls shuffled_reward, random_reward, or the factor algorithm.reward"),
+        ("kind: greater, a: {seed: 0}, b: {seed: 1}, at: {kl: commn}", "claims.0.at.kl: "),
+        ("kind: greater, a: {seed: 0}, b: {seed: 1}, at: {kl: 1, score: 1}",
+         "`at` takes exactly one of step, score, kl"),
+    ],
+)  # fmt: skip
+def test_new_kinds_are_checked_before_training(tmp_path, claim, said):
+    text = f"{GRID}claims:\n  - {{id: late, {claim}}}\n"
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path, text)
+    line = text.splitlines().index(f"  - {{id: late, {claim}}}") + 1
+    assert str(raised.value).startswith(f"{tmp_path / 'why.yaml'}:{line}: ")
+    assert said in str(raised.value)
+
+
+def test_surrogates_may_be_a_control_or_a_factor(tmp_path):
+    claim = "claims:\n  - {id: late, kind: above_null, null: surrogate}\n"
+    load(tmp_path, GRID.replace("lr_times_3", "random_reward") + claim)
+    load(
+        tmp_path,
+        GRID.replace("algorithm.kl_coef: [0.0, 0.04]", "algorithm.reward: [task, random]") + claim,
+    )
+
+
+def test_interactions_name_two_factors(tmp_path):
+    pair = "[algorithm.kl_coef, train.max_grad_norm]"
+    study = load(tmp_path, f"{GRID}interactions: [{pair}]\n")
+    assert study.interactions == (("algorithm.kl_coef", "train.max_grad_norm"),)
+    for wrong, said in (
+        ("[algorithm.kl_coef, train.max_grad]", "interactions names the factor train.max_grad, "),
+        ("[algorithm.kl_coef, algorithm.kl_coef]", "interactions: algorithm.kl_coef with itself"),
+    ):
+        with pytest.raises(ConfigError, match=r"why\.yaml:14: ") as raised:
+            load(tmp_path, f"{GRID}interactions:\n  - {pair}\n  - {wrong}\n".replace("\n\n", "\n"))
+        assert said in str(raised.value)

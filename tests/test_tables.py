@@ -1,6 +1,7 @@
 """Schemas are a contract: checked when written, versioned, and refused when they do not fit."""
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -12,7 +13,8 @@ CLAIM = {"id": "a", "verdict": "undecided", "num_runs": 4}
 
 def test_every_table_of_the_contract_is_there():
     names = (
-        "trials steps eval base_tensors tensor_deltas stripes masks overlaps spectra effects claims"
+        "trials steps eval base_tensors tensor_deltas changes magnitudes stripes masks overlaps "
+        "consensus spectra effects terms means claims"
     )
     assert set(tables.SCHEMAS) == set(names.split())
     for schema in tables.SCHEMAS.values():
@@ -76,7 +78,41 @@ def test_folders_are_read_in_order_of_file_names(tmp_path):
 
 
 def test_missing_tables(tmp_path):
-    with pytest.raises(TableError, match=r"no table claims at .*; run the study"):
+    with pytest.raises(TableError, match=r"no table claims at .*; `rlsparse run` makes it again"):
         tables.read(tmp_path / "nothing", "claims")
     assert tables.read(tmp_path, "claims").num_rows == 0
     assert tables.snapshot_folder(10) == "snapshots/step-000010"
+
+
+def test_only_the_columns_and_rows_asked_for_are_read(tmp_path):
+    rows = [{"trial_id": "a", "step": step, "loss": step / 4, "further": step} for step in range(4)]
+    tables.write(tables.from_rows(rows, "steps"), "steps", tmp_path / "a.parquet")
+    columns = ["step", "trial_id"]
+    found = tables.read(tmp_path / "a.parquet", "steps", columns, pc.field("step") >= 2)
+    assert found.column_names == columns
+    assert found.to_pylist() == [{"step": step, "trial_id": "a"} for step in (2, 3)]
+    assert found.schema.metadata == tables.SCHEMAS["steps"].metadata
+    assert tables.read(tmp_path, "steps", columns).num_rows == 4
+    (tmp_path / "b").mkdir()
+    assert tables.read(tmp_path / "b", "steps", columns).column_names == columns
+    with pytest.raises(KeyError, match="nonsense"):
+        tables.read(tmp_path, "steps", ["nonsense"])
+
+
+def test_columns_that_an_earlier_release_did_not_write_are_null(tmp_path):
+    table = tables.from_rows([CLAIM], "claims").drop_columns(["would_decide"])
+    old = table.replace_schema_metadata({"rlsparse_schema": "2"})
+    pq.write_table(old, tmp_path / "old.parquet")
+    found = tables.read(tmp_path, "claims")
+    assert found["would_decide"].to_pylist() == [None]
+    assert found.schema.metadata == tables.SCHEMAS["claims"].metadata
+    columns = ["would_decide", "id"]
+    assert tables.read(tmp_path, "claims", columns).to_pylist() == [
+        {"would_decide": None, "id": "a"}
+    ]
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "claims.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(TableError, match=r"claims at .*claims\.parquet is damaged .* delete it"):
+        tables.read(tmp_path / "claims.parquet", "claims")

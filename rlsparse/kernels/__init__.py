@@ -268,14 +268,76 @@ def popcount_and(masks: NDArray[np.unsignedinteger[Any]]) -> NDArray[np.int64]:
     Returns:
         Shape [R, R], symmetric; the diagonal is each mask's own count.
     """
+    words = _rows_of_words(masks)
+    shared = np.zeros((len(words), len(words)), np.int64)
+    # Tiles at the edge reach up to 3 masks beyond the last. A line of the cache holds 8 words.
+    scratch = np.zeros((len(words) + 3) * at.MASK_WORDS + 16, np.uint64)
+    aligned = scratch.ctypes.data + -scratch.ctypes.data % 64
+    load("popcount_and", 3, 2)(words.ctypes.data, shared.ctypes.data, aligned, *words.shape)
+    return shared + np.triu(shared, 1).T
+
+
+def label_counts(
+    masks: NDArray[np.unsignedinteger[Any]], labels: NDArray[np.uint16], num_labels: int
+) -> NDArray[np.int64]:
+    """How many of the weights of each label each of R packed masks holds.
+
+    Args:
+        masks: as in ``popcount_and``.
+        labels: one per weight, below ``num_labels``; shape [n].
+        num_labels: number of labels, L.
+
+    Returns:
+        Shape [R, L].
+
+    Raises:
+        CheckpointError: bits are set, or might be, beyond the last label.
+    """
+    words = _rows_of_words(masks)
+    if labels.dtype != np.uint16 or not labels.size <= 64 * words.shape[1] < labels.size + 64:
+        raise CheckpointError(
+            f"{labels.dtype}{list(labels.shape)} labels do not fit masks of {words.shape[1]} words"
+        )
+    if labels.size and int(labels.max()) >= num_labels:
+        raise CheckpointError(f"label {labels.max()} is not below the number of {num_labels}")
+    # Stray bits of the last word find a label all the same.
+    padded = np.pad(labels, (0, -labels.size % 64)) if labels.size % 64 else labels
+    counts = np.zeros((len(words), num_labels), np.int64)
+    load("label_counts", 3, 3)(
+        words.ctypes.data, np.ascontiguousarray(padded).ctypes.data, counts.ctypes.data,
+        *words.shape, num_labels,
+    )  # fmt: skip
+    return counts
+
+
+def agreement(masks: NDArray[np.unsignedinteger[Any]], num_elements: int) -> NDArray[np.int64]:
+    """How many weights are in exactly k of R packed masks.
+
+    Args:
+        masks: as in ``popcount_and``.
+        num_elements: weights that the masks are about.
+
+    Returns:
+        Shape [R + 1], by k; sums to ``num_elements``.
+    """
+    words = _rows_of_words(masks)
+    num_planes = max(len(words).bit_length(), 1)
+    counts = np.zeros(len(words) + 1, np.int64)
+    planes = np.zeros((num_planes + 1) * at.MASK_WORDS, np.uint64)
+    load("agreement", 3, 3)(
+        words.ctypes.data, counts.ctypes.data, planes.ctypes.data, *words.shape, num_planes
+    )
+    counts[0] = num_elements - counts.sum()
+    return counts
+
+
+def _rows_of_words(masks: NDArray[np.unsignedinteger[Any]]) -> NDArray[np.uint64]:
+    """Masks [R, n] as 64-bit words, the last filled up with zeros; a copy only if need be."""
     masks = np.ascontiguousarray(masks)
     padding = -masks.shape[1] * masks.itemsize % 8
     if padding:
         masks = np.pad(masks.view(np.uint8), ((0, 0), (0, padding)))
-    words = masks.view(np.uint64)
-    shared = np.zeros((len(words), len(words)), np.int64)
-    load("popcount_and", 2, 2)(words.ctypes.data, shared.ctypes.data, *words.shape)
-    return shared + np.triu(shared, 1).T
+    return masks.view(np.uint64)
 
 
 def values(bits: Bits, dtype: str) -> NDArray[np.float32] | NDArray[np.float64]:

@@ -18,6 +18,8 @@ NUM_INTEGERS = NAN + 1
 SUM_SQ_BEFORE, SUM_SQ_DELTA, SUM_ABS_DELTA, MAX_ABS_DELTA = range(4)
 NUM_FLOATS = 4
 
+MASK_WORDS = 512  # of each mask per pass: the blocks of a tile stay in the fastest cache
+
 # Scratch: changed pairs are collected in blocks; byte offsets of what is made of them.
 BLOCK = 1024
 _CAPACITY = 2 * BLOCK + 64

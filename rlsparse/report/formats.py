@@ -48,6 +48,16 @@ def p_value(value: float | None) -> str:
     return "< 0.0001" if value < 1e-4 else f"{value:.3g}"
 
 
+def duration(seconds: float | None) -> str:
+    """Seconds, minutes or hours, whichever is readable."""
+    if seconds is None:
+        return NOTHING
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.3g} s"
+
+
 def definition(name: str) -> str:
     """A definition of unchanged as readers write it, such as ``|Δ| ≤ 1e-05``; w' is w after."""
     kind, _, tolerance = name.partition("_")
@@ -67,3 +77,17 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def null_name(null: str) -> str:
+    """A null of overlap in words."""
+    return _NULL_NAMES.get(null, null)
+
+
+_NULL_NAMES = {
+    "uniform": "density alone",
+    "tensor": "the density of each tensor",
+    "magnitude": "the magnitude of the weights",
+    "update_size": "the size of the update",
+    "margins": "row and column counts",
+}

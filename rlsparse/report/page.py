@@ -1,4 +1,4 @@
-"""One self-contained page from a template: loads nothing, runs nothing, escapes every name."""
+"""One self-contained page from a template: loads nothing, escapes every name."""
 
 from collections.abc import Mapping
 from importlib.resources import files
@@ -11,7 +11,7 @@ from rlsparse.report import formats
 
 
 def render(template: str, content: Mapping[str, Any]) -> str:
-    """Fill in ``template``, a file of this package, with ``content`` and the style sheet.
+    """Fill in ``template``, a file of this package, with ``content``, style sheet and script.
 
     Values may hold ``Markup`` (figures); all else is escaped. Equal content gives equal text.
     """
@@ -27,12 +27,17 @@ def render(template: str, content: Mapping[str, Any]) -> str:
         each.__name__: each
         for each in (
             formats.definition,
+            formats.duration,
             formats.listed,
+            formats.null_name,
             formats.number,
             formats.p_value,
             formats.percent,
             formats.score,
         )
     }
-    css = Markup(folder.joinpath("style.css").read_text("utf-8"))
-    return environment.get_template(template).render({**content, "css": css})
+    own = {
+        name: Markup(folder.joinpath(file).read_text("utf-8"))
+        for name, file in (("css", "style.css"), ("script", "script.js"))
+    }
+    return environment.get_template(template).render({**content, **own})

@@ -1,107 +1,206 @@
 """The report of a study: tables in, one self-contained page and one JSON file out.
 
-``index.html`` loads nothing and runs nothing; ``report.json`` holds the same rows for machines.
-Equal tables give equal bytes.
+``index.html`` loads nothing and can be read without its small script; ``report.json`` holds the
+numbers of the page for machines. Equal tables give equal bytes.
 """
 
 import json
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from markupsafe import Markup
 
-from rlsparse.definitions import DEFINITIONS
-from rlsparse.report import formats, plots
-from rlsparse.report.page import render
-from rlsparse.report.rows import (
-    NULLS,
-    Row,
-    cell_rows,
-    claim_rows,
-    density_map,
-    effect_rows,
-    module_overlap,
-    overlap_pairs,
-    overlap_rows,
-    summary_rows,
-    trial_rows,
+from rlsparse.definitions import DEFINITIONS, NULLS
+from rlsparse.effects import BOOTSTRAP, UNPAIRED
+from rlsparse.identity import canonical_json
+from rlsparse.report import charts, formats, heat_maps, strips, svg
+from rlsparse.report.curve_rows import curve_rows, magnitude_rows, rank_rows
+from rlsparse.report.overlap_rows import (
+    RANDOM,
+    cell_matrix,
+    consensus_rows,
+    module_rows,
+    relation_rows,
+    run_matrix,
+    with_lifts,
 )
-from rlsparse.study import Study
+from rlsparse.report.page import render
+from rlsparse.report.pairs import module_pairs, outside_rows, pairs_of
+from rlsparse.report.rows import Row, cell_rows, collapsed, density_map, trial_rows
+from rlsparse.report.series import Series, series_of
+from rlsparse.report.verdict_rows import (
+    claim_rows,
+    effect_rows,
+    is_primary,
+    levels_of,
+    mean_rows,
+    shared_scope,
+    term_rows,
+)
+from rlsparse.responses import FAILED
+from rlsparse.study import StudyBase
 
 __all__ = ["build_report", "claim_rows", "summary_rows"]
 
-MAX_FOREST_ROWS = 20
-"""Effects drawn per response; the table below the figure has all of them."""
+MAX_SERIES = 20
+"""Cells drawn as curves (``Series.shown``); ``report.json`` has the curves of no others."""
+MAX_FOREST_ROWS = 60
+"""Effects drawn per response."""
+MAX_EFFECTS = 300
+"""Effects in the table of all others; ``report.json`` has every one."""
+_PROVENANCE = (
+    "command", "git_commit", "study_sha256", "claims_sha256", "versions", "hosts", "wall_s",
+    "cpu_s", "allow_missing",
+)  # fmt: skip
 
 
 def build_report(
-    study: Study,
+    study: StudyBase,
     tables: Mapping[str, pa.Table],
     out_dir: Path,
     *,
-    versions: Mapping[str, str] | None = None,
+    provenance: Mapping[str, object],
 ) -> Path:
     """Write ``index.html`` and ``report.json`` into ``out_dir``, each atomically.
 
     Args:
         study: the resolved study.
-        tables: ``trials``, and as far as they exist ``steps``, ``tensor_deltas``, ``overlaps``,
-            ``effects`` and ``claims`` (schemas in ``rlsparse.tables``). ``trials`` may have the
-            further columns ``config`` (JSON of the trial) and ``label``.
+        tables: ``trials``, and as far as they exist ``steps``, ``changes``, ``magnitudes``,
+            ``overlaps``, ``consensus``, ``spectra``, ``effects``, ``terms``, ``means`` and
+            ``claims`` (see ``schemas``). ``trials`` may have the further columns ``config`` (JSON
+            of the trial) and ``label``.
         out_dir: made when missing.
-        versions: what the page states at its end, such as package versions and the git commit.
+        provenance: what the page states at its end; known keys are ``command``, ``git_commit``,
+            ``study_sha256``, ``claims_sha256``, ``versions`` (a mapping), ``hosts``, ``wall_s`` and
+            ``cpu_s`` (sums over trials) and ``allow_missing``.
 
     Returns:
         Path of ``index.html``.
     """
-    trials = trial_rows(study, tables)
-    cells, effects = cell_rows(trials), effect_rows(tables)
-    pairs = overlap_pairs(study, tables)
-    density = density_map(study, tables, trials)
-    content: Row = {
-        "study": study.model_dump(mode="json"),
-        "view": study.default_view,
-        "status": _status(study, trials),
-        "claims": claim_rows(tables),
-        "summary": summary_rows(study, tables),
-        "trials": trials,
-        "cells": cells,
-        "overlaps": overlap_rows(pairs),
-        "effects": effects,
-        "versions": dict(versions or {}),
-    }
+    content = _content(study, tables, provenance)
+    series = series_of(content["cells"])
     page = render(
         "page.html.jinja",
         {
             **content,
-            "figures": _figures(trials, cells, density, pairs, effects),
-            "densest": _densest(density),
+            "series": series,
+            "filter": _filter(study, content["cells"]),
+            "figures": _figures(content, series),
+            "symbols": svg.symbols(),
+            "null_styles": [svg.style(i) for i in range(len(NULLS))],
+            "primary_effects": _primary_effects(content["effects"]),
+            "other_effects": _other_effects(content["effects"])[:MAX_EFFECTS],
+            "num_other_effects": len(_other_effects(content["effects"])),
+            "overlap_null": heat_maps.strongest_null(content["overlap_map"]["rows"]),
+            "provenance": dict.fromkeys(_PROVENANCE) | content["provenance"],
+            "known_provenance": _PROVENANCE,
+            "effect_groups": lambda row: series.with_level(levels_of(row)),
             "definitions": DEFINITIONS,
             "nulls": NULLS,
+            "explained": _of_runs(content["relations"]),
         },
     )
     out_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(formats.finite(content), indent=1, sort_keys=True, allow_nan=False)
+    text = json.dumps(formats.finite(content), indent=0, sort_keys=True, allow_nan=False)
     _write_atomically(out_dir / "report.json", text + "\n")
     _write_atomically(out_dir / "index.html", page)
     return out_dir / "index.html"
 
 
-def _status(study: Study, trials: Sequence[Row]) -> Row:
-    """Counts of trials and the setting that the headline numbers belong to."""
+def summary_rows(study: StudyBase, tables: Mapping[str, pa.Table]) -> list[Row]:
+    """The command line's final table: one row per trial that is not a control.
+
+    Keys: ``algorithm, seed, label, score_before, score_after, sparsity_bitwise, sparsity_1e-05,
+    overlap_lift, status``. ``overlap_lift`` is the mean, over the other seeds of the same cell, of
+    the observed overlap divided by that expected from the density of each tensor.
+    """
+    trials = trial_rows(study, tables)
+    return _summary(with_lifts(trials, pairs_of(study, tables, trials)))
+
+
+def _summary(trials: Sequence[Row]) -> list[Row]:
+    return [
+        {
+            **{k: row[k] for k in ("algorithm", "seed", "label", "score_before", "score_after")},
+            "sparsity_bitwise": row["sparsity"].get("bitwise"),
+            "sparsity_1e-05": row["sparsity"].get("abs_1e-05"),
+            "overlap_lift": row["overlap_lift"],
+            "status": row["status"],
+        }
+        for row in trials
+        if row["role"] != "control"
+    ]
+
+
+# --- content ---------------------------------------------------------------------------------
+
+
+def _content(
+    study: StudyBase, tables: Mapping[str, pa.Table], provenance: Mapping[str, object]
+) -> Row:
+    """All numbers of the report, as JSON values."""
+    plain = trial_rows(study, tables)
+    pairs = pairs_of(study, tables, plain)
+    trials = with_lifts(plain, pairs)
+    cells = cell_rows(trials)
+    groups = series_of(cells).shown(MAX_SERIES)
+    drawn = [t for t in trials if t["group"] in groups]
+    by_cell = {
+        canonical_json(t["cell"]): t["group"] for t in drawn if t["role"] in ("baseline", "factor")
+    }
+    claims = claim_rows(tables)
+    return {
+        "study": study.model_dump(mode="json"),
+        "view": study.default_view,
+        "status": _status(trials),
+        "claims": claims,
+        "shared_scope": shared_scope(claims),
+        "summary": _summary(trials),
+        "trials": trials,
+        "cells": cells,
+        "collapsed": collapsed(study, trials),
+        "drawn": groups,
+        "curves": curve_rows(drawn, outside_rows(study, tables, drawn), tables),
+        "magnitudes": magnitude_rows(study, tables, drawn),
+        "density": density_map(study, tables, trials),
+        "ranks": rank_rows(study, tables, trials),
+        "relations": relation_rows(pairs),
+        "modules": module_rows(trials, pairs, module_pairs(study, tables, trials)),
+        "overlap_map": _overlap_map(trials, cells, pairs),
+        "consensus": consensus_rows(study, tables, by_cell),
+        "effects": effect_rows(tables),
+        "terms": term_rows(tables),
+        "means": mean_rows(tables),
+        "provenance": dict(provenance),
+    }
+
+
+def _overlap_map(trials: Sequence[Row], cells: Sequence[Row], pairs: Any) -> Row:
+    """Runs against runs, or cells against cells where there are too many runs."""
+    measured = [t for t in trials if t["sparsity"]]
+    if len(measured) <= heat_maps.MAX_RUNS:
+        return {"of": "runs", "rows": run_matrix(trials, pairs), "num_left_out": 0}
+    groups = [c["group"] for c in cells if c["num_finished"] and c["role"] != "control"]
+    kept = groups[: heat_maps.MAX_CELLS]
+    rows = cell_matrix(trials, pairs, kept)
+    return {"of": "cells", "rows": rows, "num_left_out": len(groups) - len(kept)}
+
+
+def _status(trials: Sequence[Row]) -> Row:
+    """Counts of trials and the settings that the headline numbers belong to."""
     real = [t for t in trials if t["role"] != "control"]
     ratios = [t["gate_ratio"] for t in real if t["gate_ratio"] is not None]
-    bases = _distinct(t["base"] for t in trials) or [study.baseline.model.source]
+    bases = _distinct(t["base"] for t in trials)
     return {
         "num_planned": len(trials),
         "num_finished": sum(t["status"] == "finished" for t in trials),
         "num_failed": sum(t["status"] == "failed" for t in trials),
         "bases": bases,
-        "task": study.baseline.task.name,
+        "tasks": _distinct(t["task"] for t in trials),
+        "algorithms": _distinct(t["algorithm"] for t in real),
+        "seeds": sorted(_distinct(t["seed"] for t in real)),
         "precisions": _distinct(t["precision"] for t in real),
         "learning_rates": _distinct(t["learning_rate"] for t in real),
         "num_steps": _distinct(t["num_steps"] for t in real),
@@ -110,7 +209,7 @@ def _status(study: Study, trials: Sequence[Row]) -> Row:
     }
 
 
-def _distinct(values: Any) -> list[Any]:
+def _distinct(values: Iterable[Any]) -> list[Any]:
     return [value for value in dict.fromkeys(values) if value is not None]
 
 
@@ -120,72 +219,77 @@ def _write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _figures(
-    trials: Sequence[Row],
-    cells: Sequence[Row],
-    density: Sequence[Row],
-    pairs: Sequence[Row],
-    effects: Sequence[Row],
-) -> dict[str, list[tuple[str, Markup]]]:
-    """Captions and figures of the page by section; an empty list where there is nothing to show."""
-    colour = plots.colours([t["algorithm"] for t in trials])
-    measured = [t for t in trials if t["snapshots"]]
-    real = [t for t in measured if t["role"] != "control"]
-    algorithms = list(dict.fromkeys(t["algorithm"] for t in real))
-    lifts = module_overlap(pairs)
-    limits = plots.training_limits(real)
-    top = _densest(density)
-    known = [p for p in pairs if p["module"] is None and p["lift"]["tensor"] is not None]
-    labels = {t["trial_id"]: t["label"] for t in trials}
+# --- what the page needs besides -------------------------------------------------------------
+
+
+def _filter(study: StudyBase, cells: Sequence[Row]) -> Row:
+    """Factors with the levels that occur, and each group's levels, for the script."""
+    kinds = {"baseline": "studied", "factor": "studied"}
+    groups = [{**c["cell"], "kind": kinds.get(c["role"], c["role"])} for c in cells]
+    paths = [*study.factors, "kind"]
+    levels = {path: _distinct(group.get(path) for group in groups) for path in paths}
+    return {"levels": {p: v for p, v in levels.items() if len(v) > 1}, "groups": groups}
+
+
+def _primary_effects(effects: Sequence[Row]) -> dict[str, list[Row]]:
+    """Effects to draw, by response: of all weights, pooled over the other factors."""
+    found: dict[str, list[Row]] = {}
+    for row in effects:
+        if _is_drawn(row):
+            found.setdefault(row["response"], []).append(row)
+    return {response: rows[:MAX_FOREST_ROWS] for response, rows in found.items()}
+
+
+def _is_drawn(row: Row) -> bool:
+    """Not the effects on parts, nor sensitivities, nor effects on failures that did not occur."""
+    whole = row["layer"] is None and row["module"] is None and not row["within"]
+    idle = row["response"] == FAILED and not row["estimate"]
+    secondary = row["method"] in (UNPAIRED, BOOTSTRAP)
+    return whole and is_primary(row["response"]) and not secondary and not idle
+
+
+def _other_effects(effects: Sequence[Row]) -> list[Row]:
+    return [row for row in effects if not _is_drawn(row)]
+
+
+def _figures(content: Row, series: Series) -> dict[str, Any]:
+    """Figures of the page; an empty list where there is nothing to show."""
+    trials, cells, groups = content["trials"], content["cells"], content["drawn"]
+    relations = content["relations"]
+    studied, controls = ([c for c in cells if (c["role"] == "control") == is_control]
+                         for is_control in (False, True))  # fmt: skip
+    views = dict.fromkeys(view for cell in cells for view in cell["views"])
     return {
-        "sparsity": [
-            *(
-                [
-                    (
-                        "By cell: a point per run, a bar at the mean",
-                        plots.sparsity_by_cell(trials, cells, colour),
-                    )
-                ]
-                if measured
-                else []
-            ),
-            *([("By definition of unchanged", plots.definitions(cells, colour))] if real else []),
-        ],
-        "training": [
-            (
-                a,
-                plots.training_curves(
-                    a, [t for t in real if t["algorithm"] == a], limits, colour[a]
-                ),
-            )
-            for a in algorithms
-        ],
-        "density": [(a, plots.density_heat_map(a, density, top)) for a in algorithms],
-        "overlap": [("", plots.overlap_heat_map(labels, pairs))] if known else [],
-        "modules": [
-            (a, plots.module_lifts(a, lifts))
-            for a in algorithms
-            if any(row["algorithm"] == a for row in lifts)
-        ],
-        "effects": [
-            (response, plots.effect_forest(response, rows[:MAX_FOREST_ROWS]))
-            for response, rows in _pooled_effects(effects).items()
-        ],
+        "cells": strips.cell_strips(trials, studied, series),
+        "control_cells": strips.cell_strips(trials, controls, series),
+        "legend": series.legend(groups),
+        "training": charts.training_charts(content["curves"], groups, series),
+        "gain": charts.gain_chart(trials, series),
+        "loss": charts.loss_charts(content["curves"], groups, series),
+        "density": heat_maps.density_maps(content["density"], series),
+        "magnitude": charts.magnitude_chart(content["magnitudes"], groups, series),
+        "ranks": charts.rank_charts(content["ranks"]),
+        "relations": strips.relation_strips(relations),
+        "explained": strips.explained_strips(_of_runs(relations)),
+        "overlap": heat_maps.overlap_map(content["overlap_map"]["rows"], _names(content, series)),
+        "modules": heat_maps.module_maps(content["modules"]),
+        "consensus": charts.consensus_charts(content["consensus"], groups, series),
+        "definitions": {view: strips.definition_strips(cells, view, series) for view in views},
+        "forests": {
+            response: strips.forest_strips(rows)
+            for response, rows in _primary_effects(content["effects"]).items()
+        },
+        "parts": heat_maps.effect_maps(content["effects"]),
     }
 
 
-def _densest(density: Sequence[Row]) -> float:
-    """The density that the heat maps of all algorithms draw darkest."""
-    return max((row["density"] for row in density), default=0.0)
+def _of_runs(relations: Sequence[Row]) -> list[Row]:
+    """Without the random mask, which shares nothing that a null could explain."""
+    return [row for row in relations if row["relation"] != RANDOM]
 
 
-def _pooled_effects(effects: Sequence[Row]) -> dict[str, list[Row]]:
-    """Effects to draw, by response: pooled over the other factors, sparsity in bits only."""
-    found: dict[str, list[Row]] = {}
-    for row in effects:
-        response, ends = row["response"], [row[k] for k in ("shown", "shown_low", "shown_high")]
-        secondary = response.startswith("sparsity.") and "bitwise" not in response
-        known = all(end is not None and math.isfinite(end) for end in ends)
-        if known and not secondary and not row["within"]:
-            found.setdefault(response, []).append(row)
-    return found
+def _names(content: Row, series: Series) -> dict[str, tuple[str, str]]:
+    """Labels and groups of the rows of the overlap map."""
+    if content["overlap_map"]["of"] == "cells":
+        return {group: (group, series.ids(group)) for group in series.index}
+    return {t["trial_id"]: (t["label"], series.ids(t["group"])) for t in content["trials"]}

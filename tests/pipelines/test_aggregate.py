@@ -1,76 +1,202 @@
-"""Small tables: failed and missing trials stay rows, and edits of claims are told."""
+"""Verdicts and report come from the tables alone, on any machine, and are the same again."""
 
+import io
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
+import pytest
 from command import StudyRun
+from pandas.testing import assert_frame_equal
+from rich.console import Console
 
-from pipelines import aggregate
-from pipelines.plan import make_plan
-from rlsparse.claim_config import ExactClaim
+from pipelines import aggregate, study
+from pipelines.table_files import read_parts, read_table, write_table
+from rlsparse.changes import sum_changes, sum_magnitudes
+from rlsparse.errors import TableError
+
+ABSENT = (
+    "torch", "transformers", "trl", "ray", "mlflow", "datasets", "accelerate", "safetensors",
+    "reasoning_gym", "tokenizers",
+)  # fmt: skip
+ELSEWHERE = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {ABSENT!r}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+from pipelines.cli import main
+sys.argv = ["rlsparse", *sys.argv[1:]]
+main()
+"""
 
 
-def test_failed_and_missing_trials_are_rows(study_copy: StudyRun) -> None:
-    plan = study_copy.plan
-    failed, missing = (plan.trials[k].trial_id for k in (0, 1))
-    plan.ledger.fail(failed, "it broke")
-    plan.storage.delete(f"ledger/{missing}.json")
-    rows = {row["trial_id"]: row for row in aggregate.trials_table(plan).to_pylist()}
-    assert list(rows) == [trial.trial_id for trial in plan.trials]
-    assert (rows[failed]["status"], rows[failed]["error"]) == ("failed", "it broke")
-    assert rows[missing]["status"] == "planned"
-    assert rows[failed]["score_after"] is None
-    assert rows[missing]["score_after"] is None
-    finished = rows[plan.trials[2].trial_id]
-    assert finished["status"] == "finished"
-    assert finished["score_after"] is not None
-    steps = aggregate.steps_table(plan)
-    assert len(pc.unique(steps["trial_id"])) == len(plan.trials) - 2
+def report_elsewhere(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """``rlsparse report`` where nothing but the analysis is installed."""
+    command = [sys.executable, "-c", ELSEWHERE, "report", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_replicates_are_identical_until_a_bit_differs(study_copy: StudyRun) -> None:
-    plan = study_copy.plan
-    again = [study_copy.trial(f"{a} s0 same_seed").trial_id for a in ("grpo", "dpo", "sft")]
-    assert aggregate.identical_replicates(plan) == dict.fromkeys(again, True)
-    patch = "snapshots/step-000001/weights.patch.safetensors"
-    shutil.copy(
-        study_copy.trial_folder("dpo s1") / patch,
-        study_copy.trial_folder("dpo s0 same_seed") / patch,
+@pytest.fixture
+def tables_alone(study_copy: StudyRun) -> StudyRun:
+    """The study as somebody gets it who was sent ``study.json`` and ``tables/``."""
+    for name in ("trials", "ledger", "stages", "report"):
+        shutil.rmtree(study_copy.folder / name)
+    for name in aggregate.CONCLUDED:
+        (study_copy.folder / "tables" / f"{name}.parquet").unlink()
+    shutil.rmtree(study_copy.folder / "tables" / "masks.parquet")
+    return study_copy
+
+
+def test_a_report_needs_the_tables_alone(tables_alone: StudyRun, study_run: StudyRun) -> None:
+    copy = tables_alone.storage / "copy.json"
+    result = report_elsewhere(tables_alone.folder, "--json", copy)
+    assert result.returncode == 0, result.stderr
+    for name in ("report.json", "index.html"):
+        made = (tables_alone.folder / "report" / name).read_bytes()
+        assert made == (study_run.folder / "report" / name).read_bytes(), name
+    assert copy.read_bytes() == (study_run.folder / "report" / "report.json").read_bytes()
+    for name in aggregate.CONCLUDED:
+        file = f"tables/{name}.parquet"
+        found = tables_alone.plan.storage.read_bytes(file)
+        assert found == study_run.plan.storage.read_bytes(file), name
+    told = study_run.result.stdout.splitlines()
+    assert result.stdout.splitlines()[:-1] == told[: told.index(next(
+        line for line in told if line.startswith("tables ")))]  # fmt: skip
+    assert result.stderr == ""
+
+
+def test_missing_tables_are_one_line(tables_alone: StudyRun) -> None:
+    names = ("tables/overlaps.parquet", "tables/consensus.parquet")
+    for name in names:
+        (tables_alone.folder / name).unlink()
+    result = report_elsewhere(tables_alone.folder)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 1
+    assert line.startswith(f"rlsparse: {tables_alone.folder} lacks {' '.join(names[:1])}")
+    assert "copy the whole folder tables/" in line
+    assert not (tables_alone.folder / "report").exists()
+
+
+def test_missing_parts_are_named_with_the_command_that_makes_them(study_copy: StudyRun) -> None:
+    folder = study_copy.folder / "tables" / "tensor_deltas.parquet"
+    gone = sorted(folder.iterdir())[:6]
+    for file in gone:
+        file.unlink()
+    with pytest.raises(TableError, match=r"lacks .* and 2 more: `rlsparse run`") as raised:
+        aggregate.rebuild(study_copy.plan.storage, allow_missing=False)
+    named = [file.name for file in gone if file.name in str(raised.value)]
+    assert named == [file.name for file in gone[:4]]
+
+
+def test_tables_of_an_earlier_release_are_told(study_copy: StudyRun) -> None:
+    storage = study_copy.plan.storage
+    trials = read_table(storage, "trials").drop_columns(["base"])
+    write_table(storage, trials, "trials")
+    with pytest.raises(TableError, match=r"trials lacks the column base .*`rlsparse run`"):
+        aggregate.rebuild(storage, allow_missing=False)
+
+
+def test_parts_are_summed_as_the_whole_would_be(study_run: StudyRun) -> None:
+    storage, names = study_run.plan.storage, [t.trial_id for t in study_run.plan.trials]
+    trials = read_table(storage, "trials")
+    deltas = read_parts(storage, "tensor_deltas", names)
+    (base,) = set(trials["base"].to_pylist())
+    changes, magnitudes = aggregate.sum_parts(storage, trials)
+    keys = [(name, "ascending") for name in ("trial_id", "step", "view", "layer", "module")]
+    assert changes.sort_by(keys).equals(sum_changes(deltas))
+    whole = sum_magnitudes(deltas, read_table(storage, "base_tensors", base[:12]))
+    assert magnitudes.sort_by(keys[:3]).equals(whole)
+    assert set(magnitudes["step"].to_pylist()) == {2}
+    assert read_table(storage, "changes").equals(changes)
+    total = pc.sum(deltas["num_changed_bitwise"])
+    assert pc.sum(changes["num_changed_bitwise"]) == total
+
+
+def test_trials_that_did_not_finish_have_no_part(study_copy: StudyRun) -> None:
+    storage = study_copy.plan.storage
+    lost = study_copy.plan.trials[3].trial_id
+    storage.delete(f"tables/tensor_deltas.parquet/{lost}.parquet")
+    trials = read_table(storage, "trials")
+    status = ["failed" if t == lost else "finished" for t in trials["trial_id"].to_pylist()]
+    index = trials.column_names.index("status")
+    changes, magnitudes = aggregate.sum_parts(
+        storage, trials.set_column(index, "status", pa.array(status))
     )
-    assert aggregate.identical_replicates(plan) == {**dict.fromkeys(again, True), again[1]: False}
+    for table in (changes, magnitudes):
+        found = set(table["trial_id"].to_pylist())
+        assert found == {t.trial_id for t in study_copy.plan.trials} - {lost}
 
 
-def test_later_claims_are_post_hoc_and_later_seeds_extend(study_run: StudyRun) -> None:
-    plan = study_run.plan
-    assert set(aggregate.registration(plan).values()) == {"registered"}
-    kept, edited = plan.study.claims
-    assert isinstance(edited, ExactClaim)
-    claims = (kept, edited.model_copy(update={"value": 0.5}),
-              ExactClaim(id="new", kind="exact"))  # fmt: skip
-    study = plan.study.model_copy(update={"claims": claims})
-    changed = make_plan(study, str(study_run.storage))
-    assert aggregate.registration(changed) == {
-        kept.id: "registered", edited.id: "post hoc", "new": "post hoc"
-    }  # fmt: skip
-    more = make_plan(plan.study.model_copy(update={"seeds": (0, 1, 2)}), str(study_run.storage))
-    assert set(aggregate.registration(more).values()) == {"extended"}
+class Seen:
+    """What ``write_report`` and ``judge`` were given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.provenance: dict[str, Any] = {}
+        self.allow_missing: list[bool] = []
+        build, judge = aggregate.build_report, aggregate.judge
+
+        def build_report(*given: Any, provenance: dict[str, Any]) -> Path:
+            self.provenance = provenance
+            return build(*given, provenance=provenance)
+
+        def judge_claims(*given: Any, allow_missing: bool) -> pa.Table:
+            self.allow_missing.append(allow_missing)
+            return judge(*given, allow_missing=allow_missing)
+
+        monkeypatch.setattr(aggregate, "build_report", build_report)
+        monkeypatch.setattr(aggregate, "judge", judge_claims)
 
 
-def test_the_registration_is_frozen_in_the_study_file(study_run: StudyRun) -> None:
-    written = json.loads((study_run.folder / "study.json").read_text())
-    assert list(written["registered"]["claims"]) == [c.id for c in study_run.plan.study.claims]
-    assert written["registered"]["seeds"] == [0, 1]
-    assert len(written["registered_sha256"]) == 64
-    assert {"torch", "trl", "ray", "mlflow"} <= written["versions"].keys()
+def test_the_report_says_what_made_the_study(
+    study_copy: StudyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Seen(monkeypatch)
+    aggregate.rebuild(study_copy.plan.storage, allow_missing=True)
+    trials = read_table(study_copy.plan.storage, "trials").to_pylist()
+    made = seen.provenance
+    assert made["command"].startswith("rlsparse run ")
+    assert made["command"].endswith(f"{study_copy.yaml} --storage {study_copy.command.cwd}/runs")
+    assert made["wall_s"] == pytest.approx(sum(t["wall_s"] for t in trials), rel=1e-12, abs=0)
+    assert made["cpu_s"] == pytest.approx(sum(t["cpu_s"] for t in trials), rel=1e-12, abs=0)
+    assert made["hosts"] == sorted({t["host"] for t in trials})
+    assert made["allow_missing"] is True
+    assert {"study_sha256", "claims_sha256", "versions"} <= made.keys()
+    assert seen.allow_missing == [True]
+    json.dumps(made)
 
 
-def test_claims_under_other_settings_are_post_hoc(study_copy: StudyRun) -> None:
-    study = study_copy.plan.study
-    assert set(aggregate.registration(study_copy.plan).values()) == {"registered"}
-    longer = study.baseline.train.model_copy(update={"num_steps": 3})
-    other = study.model_copy(
-        update={"baseline": study.baseline.model_copy(update={"train": longer})}
-    )
-    plan = make_plan(other, str(study_copy.storage))
-    assert set(aggregate.registration(plan).values()) == {"post hoc"}
+def test_allowing_missing_trials_judges_again(
+    study_copy: StudyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything is there already: only what the option changes is done."""
+    monkeypatch.chdir(study_copy.command.cwd)  # not in git, as when it was run
+    seen = Seen(monkeypatch)
+    for allowed, expected in ((False, []), (True, [True]), (True, [True]), (False, [True, False])):
+        study.run_study(study_copy.plan, console=Console(file=io.StringIO()), allow_missing=allowed)
+        assert seen.allow_missing == expected
+
+
+def test_a_report_does_not_stand_for_what_a_run_would_say(
+    study_copy: StudyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = Seen(monkeypatch)
+    aggregate.rebuild(study_copy.plan.storage, allow_missing=True)
+    study.run_study(study_copy.plan, console=Console(file=io.StringIO()))
+    assert seen.allow_missing == [True, False]
+    assert seen.provenance["allow_missing"] is False
+
+
+def test_read_again_the_tables_are_those_that_were_concluded(study_copy: StudyRun) -> None:
+    storage = study_copy.plan.storage
+    _, found = aggregate.rebuild(storage, allow_missing=False)
+    again = aggregate.load(storage)
+    assert again.keys() == found.keys() == {*aggregate.GIVEN, *aggregate.CONCLUDED}
+    for name, table in found.items():
+        assert_frame_equal(again[name].to_pandas(), table.to_pandas())

@@ -1,21 +1,25 @@
 """The command line: light to start, and every mistake is one clear line."""
 
 import importlib
+import io
 import json
 import pkgutil
 import re
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from command import StudyRun
+from rich.console import Console
 
 import pipelines
 import rlsparse
-from pipelines import cli, diff, study
+from pipelines import aggregate, cli, collect, diff, study
 from pipelines.plan import Plan, _load_base, make_plan
 from pipelines.session import RaySession
 from pipelines.sweep import _spec, run_trial
@@ -125,7 +129,7 @@ def test_a_mistake_shows_no_traceback(folder: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
-    assert line.startswith("rlsparse: nowhere is no study: no study.json in it")
+    assert line.startswith(f"rlsparse: {folder}/nowhere is no study: no study.json in it")
 
 
 @pytest.mark.parametrize("command", ["status", "report"])
@@ -212,23 +216,79 @@ def test_diff_prints_a_table_and_writes_json(
 
 
 @pytest.mark.slow
-def test_report_builds_everything_again(study_copy: StudyRun) -> None:
-    kept = {
-        name: (study_copy.folder / name).read_bytes()
-        for name in ("tables/trials.parquet", "tables/overlaps.parquet", "report/report.json")
-    }
-    for name in kept:
+def test_a_run_makes_what_is_missing_again(study_copy: StudyRun) -> None:
+    names = ("tables/trials.parquet", "tables/overlaps.parquet", "tables/consensus.parquet")
+    kept = {name: (study_copy.folder / name).read_bytes() for name in names}
+    for name in names:
         (study_copy.folder / name).unlink()
     shutil.rmtree(study_copy.folder / "tables" / "masks.parquet")
-    copy = study_copy.storage / "copy.json"
-    result = study_copy.command.run("report", study_copy.folder, "--json", copy)
+    result = study_copy.command.run("run", study_copy.yaml, "--storage", study_copy.storage)
     assert result.returncode == 0, result.stderr
     for name, content in kept.items():
         assert (study_copy.folder / name).read_bytes() == content, name
-    assert copy.read_bytes() == kept["report/report.json"]
-    assert "report  " in result.stdout
     attempts = [study_copy.plan.ledger.get(t.trial_id).attempts for t in study_copy.plan.trials]
     assert attempts == [1] * 12
+
+
+@pytest.mark.parametrize("option", [[], ["--allow-missing"]])
+def test_a_failed_trial_fails_the_run_unless_it_may_be_missing(
+    option: list[str],
+    study_copy: StudyRun,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The command as typed is on record, and claims are judged as it says."""
+    failed, given = study_copy.plan.trials[0], list[dict[str, object]]()
+
+    def run_study(plan: Plan, **settings: object) -> dict[str, pa.Table]:
+        given.append(settings)
+        plan.ledger.fail(failed.trial_id, "it broke")
+        collect.collect(plan)
+        return aggregate.load(plan.storage)
+
+    monkeypatch.setattr(study, "run_study", run_study)
+    arguments = ["run", study_copy.yaml, "--storage", study_copy.storage, *option]
+    assert rlsparse_(monkeypatch, *arguments) == (0 if option else 1)
+    out, err = capsys.readouterr()
+    assert err == f"failed: {failed.label} ({failed.trial_id}): it broke\n"
+    assert re.search(r"grpo +│ +2 │ +1 │ +1 │", out)
+    assert f"{failed.label} (failed)" in out
+    (settings,) = given
+    assert settings["allow_missing"] == bool(option)
+    assert settings["command"] == " ".join(["rlsparse", *map(str, arguments)])
+
+
+def test_the_command_on_record_can_be_pasted(
+    study_copy: StudyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = list[str]()
+    monkeypatch.setattr(
+        study, "run_study", lambda plan, *, command, **_: given.append(command) or {}
+    )
+    arguments = ["run", study_copy.yaml, "--storage", study_copy.storage, "--set", "question=A b?"]
+    rlsparse_(monkeypatch, *arguments, "--only", study_copy.plan.trials[0].trial_id)
+    assert shlex.split(given[0]) == ["rlsparse", *map(str, arguments), "--only",
+                                     study_copy.plan.trials[0].trial_id]  # fmt: skip
+    assert "'question=A b?'" in given[0]
+
+
+def test_report_writes_its_json_where_asked(
+    study_copy: StudyRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    place = tmp_path / "copy.json"
+    assert rlsparse_(monkeypatch, "report", study_copy.folder, "--json", place) == 0
+    kept = (study_copy.folder / "report" / "report.json").read_bytes()
+    assert place.read_bytes() == kept
+    assert capsys.readouterr().out.splitlines()[-1].startswith("report  xdg-open ")
+    (study_copy.folder / "tables" / "steps.parquet").unlink()
+    assert rlsparse_(monkeypatch, "report", study_copy.folder) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "lacks tables/steps.parquet: `rlsparse run` with its study file" in line
+    assert rlsparse_(monkeypatch, "report", tmp_path) == 1
+    assert "is no study: no study.json in it" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -249,7 +309,7 @@ def moved_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
         "seeds": [0, 1],
     }
     plan = make_plan(Study.model_validate(fields), str(folder / "runs"))
-    study._write_study(plan)
+    study.write_study(plan)
     for trial in plan.trials:
         run_trial(_spec(plan, trial))
     for item in diff.pending(plan):
@@ -257,7 +317,9 @@ def moved_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     assert len(plan.finished()) == 2, [entry.error for entry in plan.entries().values()]
     # What counts overlaps runs in Ray, which is not the matter here.
     monkeypatch.setattr(RaySession, "start", lambda self: None)
-    monkeypatch.setattr("pipelines.overlap.run", lambda plan: SCHEMAS["overlaps"].empty_table())
+    nothing = tuple(SCHEMAS[name].empty_table() for name in ("overlaps", "consensus"))
+    monkeypatch.setattr("pipelines.overlap.run", lambda *_: nothing)
+    study.run_study(plan, console=Console(file=io.StringIO()))
     tokenizer = folder / "base" / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text() + " ")
     (folder / "own.csv").write_text("prompt,answer\n1 + 1,3\n")

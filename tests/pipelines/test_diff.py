@@ -1,10 +1,12 @@
 """The distributed diff gives the tables of the serial one, once, whatever is run again."""
 
+import dataclasses
 from pathlib import Path
 
-import pyarrow as pa
+import numpy as np
 import pytest
 from command import StudyRun
+from safetensors.torch import load_file
 
 from pipelines import diff
 from pipelines.plan import load_base, make_plan
@@ -15,7 +17,7 @@ from rlsparse.deltas import base_rows, mask_rows, measure_patch
 from rlsparse.diff import diff_checkpoints
 from rlsparse.masks import read_masks
 from rlsparse.models import TINY
-from rlsparse.patch import PATCH_FILE, Patch
+from rlsparse.patch import PATCH_FILE, Patch, TensorPair, write_patch
 
 
 @pytest.fixture(scope="module")
@@ -102,20 +104,76 @@ def test_a_task_run_twice_changes_nothing(study_copy: StudyRun) -> None:
     assert part not in {item["part"] for item in diff.pending(study_copy.plan)}
 
 
-def test_parts_of_trials_that_left_the_study_are_not_read(study_copy: StudyRun) -> None:
-    kept = study_copy.plan.trials[0].trial_id
-    read = diff.read_parts(study_copy.plan.storage, "tensor_deltas", [kept])
-    assert set(read["trial_id"].to_pylist()) == {kept}
-    assert diff.read_parts(study_copy.plan.storage, "masks", []).num_rows == 0
+def test_parts_of_trials_that_left_the_study_are_deleted(study_copy: StudyRun) -> None:
+    plan = study_copy.plan
+    fewer = dataclasses.replace(plan, trials=plan.trials[1:])
+    gone = [f"tables/{name}.parquet/{plan.trials[0].trial_id}.parquet"
+            for name in ("tensor_deltas", "masks")]  # fmt: skip
+    assert all(map(plan.storage.exists, gone))
+    diff._drop_stale(fewer)
+    assert not any(map(plan.storage.exists, gone))
+    assert diff.pending(fewer) == []
 
 
-def test_a_table_is_replaced_as_a_whole(study_copy: StudyRun) -> None:
-    storage = study_copy.plan.storage
-    rows = tables.from_rows([{"trial_id": "a", "step": 1}], "steps")
-    diff.write_table(storage, rows, "steps", "steps.parquet")
-    file = Path(storage.path("tables/steps.parquet"))
-    assert tables.read(file, "steps").equals(rows)
-    assert isinstance(rows, pa.Table)
+# --- spectra ---------------------------------------------------------------------------------
+
+
+def test_spectra_are_of_last_snapshots_of_all_but_controls(study_copy: StudyRun) -> None:
+    assert not (study_copy.folder / "tables" / "spectra.parquet").exists()
+    wanted = study_copy.plan.study.model_copy(update={"spectrum": "exact"})
+    plan = make_plan(wanted, str(study_copy.storage))
+    items = diff.pending(plan)
+    real = [trial.trial_id for trial in plan.trials if trial.role != "control"]
+    assert [item["part"] for item in items] == real
+    trial = study_copy.trial("dpo s1")
+    (item,) = (item for item in items if item["part"] == trial.trial_id)
+    diff.measure(item)
+    assert trial.trial_id not in {item["part"] for item in diff.pending(plan)}
+    file = study_copy.folder / "tables" / "spectra.parquet" / f"{trial.trial_id}.parquet"
+    before = file.read_bytes()
+    rows = tables.read(file, "spectra").to_pylist()
+    assert {row["kind"] for row in rows} == {"update", "null"}
+
+    sides = [load_file(folder / "model.safetensors")
+             for folder in (TINY, study_copy.trial_folder("dpo s1") / "checkpoint")]  # fmt: skip
+    matrices = {name for name, tensor in sides[0].items() if tensor.ndim == 2}
+    updates = {row["tensor"]: row for row in rows if row["kind"] == "update"}
+    assert updates.keys() == matrices
+    for name, row in updates.items():
+        old, new = (side[name].double().numpy() for side in sides)
+        sigma = np.linalg.svd(new - old, compute_uv=False)
+        assert row["sigma_max"] == pytest.approx(sigma[0], rel=1e-9, abs=1e-15)
+        assert row["rank_1e-04"] == np.sum(sigma > 1e-4 * sigma[0])
+        assert (row["trial_id"], row["step_before"], row["step_after"], row["view"]) == (
+            trial.trial_id, 0, 2, "stored"
+        )  # fmt: skip
+    file.unlink()
+    diff.measure(item)
+    assert file.read_bytes() == before, "the null is of a fixed seed"
+
+
+def test_spectra_of_a_patch_in_another_format_are_measured_in_that(tmp_path: Path) -> None:
+    """A patch of the regime fp32 is against the base cast to fp32, exactly."""
+    base = Checkpoint.open(load_base(ModelConfig()).path)
+    name, rng = "model.layers.0.self_attn.q_proj.weight", np.random.default_rng(0)
+    before = base.tensors[name]
+    values = (before.read(0, before.num_elements).astype(np.uint32) << 16).view(np.float32)
+    after = values + rng.normal(size=values.size).astype(np.float32) * 1e-7
+    folder = tmp_path / tables.snapshot_folder(3)
+    folder.mkdir(parents=True)
+    pair = TensorPair(name, "fp32", before.shape, values.view(np.uint32), after.view(np.uint32))
+    write_patch(folder / PATCH_FILE, [pair], base_fingerprint="b")
+    item = {"trial_id": "t", "steps": [1, 3], "spectrum": "exact"}
+    rows = diff.measure_spectra(base, tmp_path, item).to_pylist()
+    (row,) = (row for row in rows if row["tensor"] == name and row["kind"] == "update")
+    delta = (after.astype(np.float64) - values).reshape(before.shape)
+    sigma = np.linalg.svd(delta, compute_uv=False)
+    assert row["sigma_max"] == pytest.approx(sigma[0], rel=1e-9, abs=0)
+    assert row["num_changed"] == np.count_nonzero(delta)
+    assert (row["view"], row["dtype"], row["step_after"]) == ("stored", "fp32", 3)
+    others = [row for row in rows if row["tensor"] != name]
+    assert others
+    assert {row["num_changed"] for row in others} == {0}
 
 
 @pytest.mark.slow
@@ -126,7 +184,7 @@ def test_a_damaged_patch_is_one_line_that_names_trial_and_remedy(study_copy: Stu
     content = bytearray(patch.read_bytes())
     content[-1] ^= 1
     patch.write_bytes(content)
-    result = study_copy.command.run("report", study_copy.folder)
+    result = study_copy.command.run("run", study_copy.yaml, "--storage", study_copy.storage)
     assert result.returncode == 1
     *_, line = result.stderr.splitlines()
     assert line.startswith(f"rlsparse: trial {trial}: ")

@@ -149,8 +149,11 @@ def test_counts_equal_a_script_over_the_checkpoints(study_run: StudyRun) -> None
 def test_overlaps_equal_a_script_over_the_checkpoints(study_run: StudyRun) -> None:
     base = bits_of(TINY / "model.safetensors")
     overlaps = tables.read(study_run.folder / "tables" / "overlaps.parquet", "overlaps")
-    rows = {(r["trial_a"], r["trial_b"]): r for r in overlaps.to_pylist() if r["module"] is None}
+    whole = [row for row in overlaps.to_pylist() if row["module"] is None]
+    rows = {(r["trial_a"], r["trial_b"]): r for r in whole if r["trial_a"] != r["trial_b"]}
     assert len(rows) == 12 * 11 / 2
+    within = [row for row in whole if row["trial_a"] == row["trial_b"]]
+    assert [(row["step_a"], row["step_b"]) for row in within] == [(1, 2)] * 12
     masks = {}
     for trial in study_run.plan.trials:
         file = study_run.folder / "trials" / trial.trial_id / "checkpoint" / "model.safetensors"

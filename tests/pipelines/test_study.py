@@ -8,7 +8,7 @@ import pytest
 from command import StudyRun
 from rich.console import Console
 
-from pipelines import aggregate, study
+from pipelines import collect, study
 from pipelines.plan import Plan, make_plan
 from pipelines.sweep import _spec, run_trial
 from rlsparse.config import TrialConfig
@@ -18,29 +18,6 @@ from rlsparse.study import Study
 
 def quiet() -> Console:
     return Console(file=io.StringIO())
-
-
-def test_a_stage_runs_once_for_the_same_inputs(study_copy: StudyRun) -> None:
-    plan, calls = study_copy.plan, list[int]()
-
-    def stage(inputs: dict[str, object], written: list[str]) -> int:
-        study._stage(plan, "mine", inputs, written, lambda: calls.append(1))
-        return len(calls)
-
-    assert stage({"a": 1}, ["tables/overlaps.parquet"]) == 1
-    assert stage({"a": 1}, ["tables/overlaps.parquet"]) == 1
-    assert stage({"a": 2}, ["tables/overlaps.parquet"]) == 2
-    plan.storage.delete("tables/overlaps.parquet")
-    assert stage({"a": 2}, ["tables/overlaps.parquet"]) == 3
-
-
-def test_a_stage_that_breaks_is_not_done(study_copy: StudyRun) -> None:
-    def break_off() -> None:
-        raise OSError
-
-    for _ in range(2):
-        with pytest.raises(OSError):  # noqa: PT011  (any will do)
-            study._stage(study_copy.plan, "mine", {}, [], break_off)
 
 
 def test_trials_of_other_versions_are_not_mixed(study_copy: StudyRun) -> None:
@@ -85,7 +62,7 @@ SEEDS = {
 def finished(storage: Path) -> Plan:
     """A study with all its trials, run in this process."""
     plan = make_plan(Study.model_validate(SEEDS), str(storage))
-    study._write_study(plan)
+    study.write_study(plan)
     for trial in plan.trials:
         run_trial(_spec(plan, trial))
     assert len(plan.finished()) == len(plan.trials) == 5
@@ -94,7 +71,7 @@ def finished(storage: Path) -> Plan:
 
 def test_seeds_that_make_a_difference_pass(tmp_path: Path) -> None:
     """Replicates and trials that change nothing are alike, and may be."""
-    aggregate.check_seeds(finished(tmp_path))
+    collect.check_seeds(finished(tmp_path))
 
 
 def test_a_seed_that_reaches_nothing_fails_the_study(
@@ -103,7 +80,7 @@ def test_a_seed_that_reaches_nothing_fails_the_study(
     monkeypatch.setattr(TrialConfig, "data_seed", 7)
     monkeypatch.setattr(TrialConfig, "sampling_seed", 7)
     plan, analysed = finished(tmp_path), list[Plan]()
-    monkeypatch.setattr(study, "_analyse", lambda plan, *_: analysed.append(plan) or {})
+    monkeypatch.setattr(study, "_analyse", lambda plan, *_, **__: analysed.append(plan) or {})
     with pytest.raises(TrialError, match="seed not plumbed") as raised:
         study.run_study(plan, console=quiet())
     text = str(raised.value)

@@ -1,5 +1,7 @@
 """MLflow shows what the files say, however often and wherever it is brought up to date."""
 
+import dataclasses
+import json
 import os
 import shutil
 import socket
@@ -10,15 +12,19 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import mlflow
+import pyarrow.compute as pc
 import pytest
 from command import StudyRun, wait_until
 from mlflow.tracking import MlflowClient
 
 from pipelines.plan import Plan
+from pipelines.table_files import read_table, write_table
 from pipelines.tracking import Tracker, tracking_uri
 from rlsparse import tables
+from rlsparse.definitions import DEFINITIONS
 
 
 @pytest.fixture(autouse=True)
@@ -76,9 +82,16 @@ def records(uri: str, study: str) -> dict[str, dict[str, Any]]:
 
 
 def sync(plan: Plan) -> None:
-    tracker = Tracker(plan)
-    tracker.sync()
-    tracker.sync_results()
+    Tracker(plan).sync_all()
+
+
+def artifacts(uri: str, folder: str) -> list[str]:
+    """Files of the parent run."""
+    client = MlflowClient(uri)
+    (parent,) = client.search_runs(
+        [client.get_experiment_by_name("study").experiment_id], "tags.`rlsparse.study` = 'study'"
+    )
+    return sorted(Path(f.path).name for f in client.list_artifacts(parent.info.run_id, folder))
 
 
 def test_one_parent_and_a_child_for_every_trial(study_run: StudyRun) -> None:
@@ -97,6 +110,7 @@ def test_one_parent_and_a_child_for_every_trial(study_run: StudyRun) -> None:
         assert run["params"]["train.num_steps"] == "2"
         assert [step for step, *_ in run["metrics"]["loss"]] == [1, 2]
         assert [step for step, *_ in run["metrics"]["score"]] == [0, 1, 2]
+        assert run["metrics"].keys() <= METRICS
         for step, value, _ in run["metrics"]["sparsity/bitwise"]:
             ours = [
                 row
@@ -104,7 +118,81 @@ def test_one_parent_and_a_child_for_every_trial(study_run: StudyRun) -> None:
                 if row["trial_id"] == trial.trial_id and row["step_after"] == step
             ]
             changed = sum(row["num_changed_bitwise"] for row in ours)
-            assert value == 1 - changed / sum(row["num_elements"] for row in ours)
+            total = sum(row["num_elements"] for row in ours)
+            assert value == 1 - changed / total
+            assert (step, changed / total) in [m[:2] for m in run["metrics"]["density/bitwise"]]
+        assert [step for step, *_ in run["metrics"]["sparsity/bitwise"]] == [1, 2]
+
+
+METRICS = {
+    *(f"sparsity/{definition}" for definition in DEFINITIONS), "density/bitwise",
+    "overlap/jaccard_other_seed", "overlap/kappa_other_seed", "overlap/lift_tensor_other_seed",
+    "overlap/lift_magnitude_other_seed",
+    "loss", "reward", "kl", "kl_base", "entropy", "grad_norm", "num_tokens", "score",
+    "score_base", "score_before", "score_after", "kl_final", "gate_ratio", "num_clipped_steps",
+    "patch_bytes", "wall_s", "cpu_s", "peak_bytes",
+}  # fmt: skip
+
+
+def test_a_run_says_which_trial_it_is(study_run: StudyRun) -> None:
+    runs = records(tracking_uri(study_run.plan), "study")
+    written = json.loads((study_run.folder / "study.json").read_text())
+    plan_hash = written["provenance"]["study_sha256"][:12]
+    assert len(METRICS) <= 30
+    assert set().union(*(run["metrics"] for run in runs.values())) == METRICS
+    for trial in study_run.plan.trials:
+        tags = runs[trial.trial_id]["tags"]
+        state = tags.pop("rlsparse.state")
+        assert state.startswith("finished 1 tables=")
+        expected = {
+            "rlsparse.trial_id": trial.trial_id,
+            "mlflow.runName": trial.label.replace(" ", "-"),
+            "rlsparse.cell": f'{{"algorithm.name":"{trial.config.algorithm.name}"}}',
+            "rlsparse.algorithm": trial.config.algorithm.name,
+            "rlsparse.seed": str(trial.config.seed),
+            "rlsparse.role": trial.role,
+            "rlsparse.plan_hash": plan_hash,
+        }
+        if trial.control:
+            expected["rlsparse.control"] = trial.control
+        assert tags == expected
+    names = [run["tags"]["mlflow.runName"] for run in runs.values()]
+    assert len(set(names)) == len(names)
+
+
+def test_the_parent_has_tables_report_and_verdicts(study_run: StudyRun) -> None:
+    uri = tracking_uri(study_run.plan)
+    tags = records(uri, "study")[""]["tags"]
+    assert tags["question"] == study_run.plan.study.question
+    note = tags["mlflow.note.content"]
+    assert note.startswith(study_run.plan.study.question)
+    assert "**lr-zero-changes-nothing**: " in note
+    assert artifacts(uri, "report") == ["index.html", "report.json"]
+    assert artifacts(uri, "tables") == sorted(
+        f"{name}.parquet"
+        for name in ("trials", "steps", "overlaps", "consensus", "changes", "magnitudes",
+                     "effects", "terms", "means", "claims")
+    )  # fmt: skip
+
+
+def test_overlap_is_that_of_the_other_seed(study_run: StudyRun) -> None:
+    """Two seeds: one pair a cell, so that its measures are those of both runs."""
+    runs = records(tracking_uri(study_run.plan), "study")
+    overlaps = tables.read(study_run.folder / "tables" / "overlaps.parquet", "overlaps")
+    rows = {(r["trial_a"], r["trial_b"]): r for r in overlaps.to_pylist() if r["module"] is None}
+    for name in ("grpo", "dpo", "sft"):
+        pair = [study_run.trial(f"{name} s{seed}").trial_id for seed in (0, 1)]
+        row = rows[min(pair), max(pair)]
+        for trial in pair:
+            metrics = runs[trial]["metrics"]
+            ((step, value, _),) = metrics["overlap/lift_magnitude_other_seed"]
+            expected = row["num_both"] / row["expected_magnitude"]
+            assert (step, value) == (2, pytest.approx(expected, rel=1e-12, abs=0))
+            ((_, value, _),) = metrics["overlap/jaccard_other_seed"]
+            either = row["num_a"] + row["num_b"] - row["num_both"]
+            assert value == pytest.approx(row["num_both"] / either, rel=1e-12, abs=0)
+        assert not any("overlap" in m for m in runs[study_run.trial(f"{name} s0 lr_zero").trial_id][
+            "metrics"])  # fmt: skip
 
 
 def test_sync_is_idempotent_and_rebuilds_from_the_files(study_run: StudyRun, database: str) -> None:
@@ -139,10 +227,76 @@ def test_a_failed_trial_is_failed_with_its_error_until_it_is_done(
     assert len(runs) == len(plan.trials) + 1
 
 
+def test_a_trial_that_is_run_again_leaves_nothing_of_its_first_run(
+    study_copy: StudyRun, database: str
+) -> None:
+    """Neither values of both runs beside each other, nor old values while it runs."""
+    plan, trial, other = study_copy.plan, *study_copy.plan.trials[:2]
+    sync(plan)
+    before = records(database, "study")
+    plan.ledger.start(trial.trial_id, host="here", pid=1, versions={})
+    Tracker(plan).sync([trial])
+    assert records(database, "study")[trial.trial_id]["metrics"] == {}
+
+    file = study_copy.folder / "trials" / trial.trial_id / "summary.json"
+    summary = json.loads(file.read_text())
+    file.write_text(json.dumps(summary | {"score_after": summary["score_after"] / 2}))
+    plan.ledger.finish(trial.trial_id)
+    Tracker(plan).sync([trial])
+    sync(plan)
+    after = records(database, "study")
+    ((_, value, _),) = after[trial.trial_id]["metrics"]["score_after"]
+    assert value == summary["score_after"] / 2
+    assert after[trial.trial_id]["metrics"].keys() == before[trial.trial_id]["metrics"].keys()
+    for name, history in after[trial.trial_id]["metrics"].items():
+        assert len(history) == len(before[trial.trial_id]["metrics"][name]), name
+    assert after[other.trial_id] == before[other.trial_id]
+
+
+def test_numbers_of_tables_that_changed_replace_those_that_were_logged(
+    study_copy: StudyRun, database: str
+) -> None:
+    """More seeds change the mean overlap of a trial that is done."""
+    plan, trial = study_copy.plan, study_copy.trial("grpo s0")
+    sync(plan)
+    before = records(database, "study")
+    table = read_table(plan.storage, "overlaps")
+    halved = pc.floor(pc.divide(table["num_both"], 2.0))
+    index = table.column_names.index("num_both")
+    write_table(plan.storage, table.set_column(index, "num_both", halved), "overlaps")
+    for _ in range(2):
+        sync(plan)
+        after = records(database, "study")
+        name = "overlap/lift_tensor_other_seed"
+        ((step, value, _),) = after[trial.trial_id]["metrics"][name]
+        ((_, was, _),) = before[trial.trial_id]["metrics"][name]
+        assert (step, value) == (2, pytest.approx(was / 2, rel=1e-2, abs=0))
+        assert after[trial.trial_id]["metrics"]["loss"] == before[trial.trial_id]["metrics"]["loss"]
+    control = study_copy.trial("grpo s0 lr_zero").trial_id
+    assert after[control] == before[control]
+
+
+def test_verdicts_and_tags_follow_the_study(study_copy: StudyRun, database: str) -> None:
+    plan = study_copy.plan
+    sync(plan)
+    renamed = plan.study.model_copy(update={"question": "Why?", "claims": plan.study.claims[:1]})
+    kept = pc.equal(read_table(plan.storage, "claims")["id"], plan.study.claims[0].id)
+    write_table(plan.storage, read_table(plan.storage, "claims").filter(kept), "claims")
+    sync(dataclasses.replace(plan, study=renamed))
+    runs = records(database, "study")
+    verdicts = [key for key in runs[""]["tags"] if key.startswith("verdict.")]
+    assert verdicts == ["verdict.lr-zero-changes-nothing"]
+    assert runs[""]["tags"]["question"] == "Why?"
+    hashes = {run["tags"]["rlsparse.plan_hash"] for run in runs.values()}
+    assert len(hashes) == 1
+    assert hashes != {json.loads((study_copy.folder / "study.json").read_text())["provenance"][
+        "study_sha256"][:12]}  # fmt: skip
+
+
 def test_planned_trials_have_no_run(study_copy: StudyRun, database: str) -> None:
     for file in study_copy.folder.glob("ledger/*"):
         file.unlink()
-    Tracker(study_copy.plan).sync()
+    sync(study_copy.plan)
     assert records(database, "study").keys() == {""}
 
 
@@ -166,6 +320,7 @@ def test_the_mlflow_page_lists_parent_and_children(study_run: StudyRun, tmp_path
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     uri, url = tracking_uri(study_run.plan), f"http://127.0.0.1:{port}"
+    shots = Path(os.environ.get("SHOTS", tmp_path))  # to look at them
     experiment = MlflowClient(uri).get_experiment_by_name("study").experiment_id
     server = subprocess.Popen(
         [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--port", str(port),
@@ -199,17 +354,30 @@ def test_the_mlflow_page_lists_parent_and_children(study_run: StudyRun, tmp_path
                 expect(page.get_by_text("13 matching runs")).to_be_visible()
                 grid.locator("button").nth(1).click()  # unfolds the parent
                 for trial in study_run.plan.trials:
-                    expect(grid.get_by_text(trial.trial_id)).to_be_visible()
+                    name = trial.label.replace(" ", "-")
+                    expect(grid.get_by_text(name, exact=True)).to_be_visible()
                 page.get_by_role("button", name="Columns", exact=True).click()
-                page.get_by_placeholder("Search columns").fill("factor.algorithm.name")
                 choices = page.get_by_test_id("column-selector-tree")
-                expect(choices.get_by_text("Parameters (1)")).to_be_visible()
-                choices.locator("[class*=tree-checkbox]").last.click()
+                for column, found in (
+                    ("factor.algorithm.name", "Parameters (1)"),
+                    ("sparsity/bitwise", "Metrics (1)"),
+                ):
+                    page.get_by_placeholder("Search columns").fill(column)
+                    expect(choices.get_by_text(found)).to_be_visible()
+                    choices.locator("[class*=tree-checkbox]").last.click()
                 page.keyboard.press("Escape")
-                for text in ("factor.algorithm.name", "grpo", "dpo", "sft"):
+                for text in ("factor.algorithm.name", "grpo", "dpo", "sft", "sparsity/bitwise"):
                     expect(grid.get_by_text(text, exact=True).first).to_be_visible()
+                page.screenshot(path=shots / "mlflow-runs.png")
+                children = MlflowClient(uri).search_runs([experiment], "tags.`rlsparse.seed` = '1'")
+                runs = quote(json.dumps([run.info.run_id for run in children]))
+                page.goto(f"{url}/#/compare-runs?runs={runs}&experiments=[%22{experiment}%22]")
+                expect(page.get_by_text("Comparing 3 Runs from 1 Experiment")).to_be_visible()
+                for text in ("grpo-s1", "dpo-s1", "sft-s1", "factor.algorithm.name",
+                             "overlap/lift_magnitude_other_seed"):  # fmt: skip
+                    expect(page.get_by_text(text, exact=True).first).to_be_visible()
             finally:
-                page.screenshot(path=os.environ.get("MLFLOW_SHOT", tmp_path / "page.png"))
+                page.screenshot(path=shots / "mlflow-compare.png", full_page=True)
                 browser.close()
     finally:
         os.killpg(server.pid, 15)

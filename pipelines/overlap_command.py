@@ -1,0 +1,130 @@
+"""``rlsparse overlap``: which weights several runs changed alike, beside what chance explains.
+
+The command is registered in ``cli``; what it measures is ``rlsparse.mask_set``.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlsparse.definitions import NULLS, VIEWS
+from rlsparse.errors import ConfigError
+
+Row = dict[str, Any]
+
+MASKS = typer.Argument(
+    metavar="MASK_OR_DIR...", show_default=False,
+    help="Two or more of: mask files, folders of trials, patches, checkpoints (folders, hub ids, "
+    "URLs).",
+)  # fmt: skip
+
+
+def overlap(
+    masks: Annotated[list[str], MASKS],
+    base: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint before training; not needed beside the folder of a trial."),
+    ] = None,
+    view: Annotated[
+        str, typer.Option(help=f"Format in which weights are compared: {', '.join(VIEWS)}.")
+    ] = "stored",
+    per_module: Annotated[
+        bool, typer.Option("--per-module", help="Print a line per module too.")
+    ] = False,
+    json_path: Annotated[
+        str | None,
+        typer.Option(
+            "--json", metavar="PATH", help="Write all numbers here; - is standard output."
+        ),
+    ] = None,
+) -> None:
+    """Say how much the changed weights of several runs overlap, and how much chance explains."""
+    if view not in VIEWS:
+        raise ConfigError(f"--view {view}: choose of {', '.join(VIEWS)}")
+    from rlsparse.mask_set import compare_masks
+
+    rows = [_measures(row) for row in compare_masks(masks, base=base, view=view)]
+    if json_path is not None:
+        _write(json_path, {"view": view, "masks": masks, "overlaps": rows})
+    if json_path != "-":
+        _print([row for row in rows if per_module or row["module"] is None], masks)
+
+
+def _measures(row: Row) -> Row:
+    """The counts of a row of table ``overlaps``, and all measures of them."""
+    from rlsparse.overlap import jaccard, kappa, lift, max_lift, odds_ratio, one_sided
+
+    a, b, both, total = (row[key] for key in ("num_a", "num_b", "num_both", "num_elements"))
+    expected = {null: row[f"expected_{null}"] for null in NULLS}
+    found: Row = {
+        "a": row["trial_a"],
+        "b": row["trial_b"],
+        **{k: row[k] for k in ("module", "num_elements", "num_a", "num_b", "num_both")},
+        "num_both_random": row["num_both_random"],
+        "o1": one_sided(both, a),
+        "o2": one_sided(both, b),
+        "jaccard": jaccard(both, a, b),
+        "kappa": kappa(both, a, b, total),
+        "odds_ratio": odds_ratio(both, a, b, total),
+        "max_lift": max_lift(a, b, total),
+        "expected": expected,
+        "lift": {null: None if e is None else lift(both, e) for null, e in expected.items()},
+        "update_size_of": row["update_size_of"],
+    }
+    return _finite(found)
+
+
+def _finite(row: Row) -> Row:
+    from rlsparse.report.formats import finite
+
+    result: Row = finite(
+        {k: float(v) if hasattr(v, "dtype") else v for k, v in row.items() if k != "lift"}
+        | {"lift": {k: None if v is None else float(v) for k, v in row["lift"].items()}}
+    )
+    return result
+
+
+def _write(path: str, content: Row) -> None:
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}; give another --json") from error
+
+
+def _print(rows: list[Row], masks: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from rlsparse.report.formats import number, percent
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    short = {place: f"[{number}]" for number, place in enumerate(masks, 1)}
+    for place, name in short.items():
+        console.print(f"{name}  {place}", markup=False, highlight=False, soft_wrap=True)
+    table = Table()
+    for column in ("a", "b", "weights", "o1", "o2", "Jaccard", "kappa", "odds ratio"):
+        table.add_column(column, justify="left" if column in ("a", "b", "weights") else "right")
+    for null in NULLS:
+        table.add_column(f"lift, {null.replace('_', ' ')}", justify="right")
+    table.add_column("largest", justify="right")
+    for row in rows:
+        table.add_row(
+            short[row["a"]], short[row["b"]], row["module"] or "all",
+            percent(row["o1"]), percent(row["o2"]),
+            *(number(row[key]) for key in ("jaccard", "kappa", "odds_ratio")),
+            *(number(row["lift"][null]) for null in NULLS),
+            number(row["max_lift"]),
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        "lift: observed over expected overlap; o1, o2: share of a, of b that is in both; largest: "
+        "the lift over uniform that the densities allow",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip

@@ -1,0 +1,166 @@
+"""Finds in a study, before any training, what would leave its claims undecided after it."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rlsparse.claim_config import (
+    AssociatedClaim,
+    Claim,
+    EquivalentClaim,
+    InteractionClaim,
+    MonotoneClaim,
+    OverlapClaim,
+)
+from rlsparse.definitions import DEFINITIONS, MODULES, VIEWS
+from rlsparse.errors import nearest
+from rlsparse.levels import canonical_path, paths_of, touches
+from rlsparse.pair_runs import PairRun
+from rlsparse.study import SURROGATES, StudyBase, StudyError, Trial, left_out
+from rlsparse.variants import Location
+
+_MEASURED = (
+    "score_after",
+    "score_gain",
+    "kl_final",
+    "failed",
+    *(f"sparsity.{name}" for name in DEFINITIONS),
+)
+_RESPONSES = (*_MEASURED, "identical_replicates", "overlap.bitwise")
+_COLUMNS = ("role", "control", "replicate")
+_NOWHERE = object()
+
+
+class _Planned(NamedTuple):
+    """What selectors see of a trial."""
+
+    role: str
+    control: str | None
+    replicate: int
+    config: dict[str, Any]
+
+    def value(self, path: str) -> Any:
+        """What it has at a selector's path; ``_NOWHERE`` if it has no such path."""
+        if path in _COLUMNS:
+            return getattr(self, path)
+        node: Any = self.config
+        for part in canonical_path(path).split("."):
+            if not isinstance(node, dict) or part not in node:
+                return _NOWHERE
+            node = node[part]
+        return node
+
+
+def config_of(trial: Trial | PairRun) -> dict[str, Any]:
+    """The configuration of a trial as nested dictionaries."""
+    return trial.config if isinstance(trial, PairRun) else trial.config.model_dump(mode="json")
+
+
+def paths(trials: Sequence[Trial | PairRun]) -> list[str]:
+    """Dotted paths of all fields that any trial has."""
+    return sorted({path for trial in trials for path in paths_of(config_of(trial))})
+
+
+def check_claims(study: StudyBase, trials: Sequence[Trial | PairRun]) -> None:
+    """Check the names in claims, and that each of their selectors matches a planned trial.
+
+    Raises:
+        StudyError: a claim names what is not there; with the nearest name.
+    """
+    planned = [_Planned(t.role, t.control, t.replicate, config_of(t)) for t in trials]
+    for index, pair in enumerate(study.interactions):
+        for factor in pair:
+            _check_factor(study, "interactions", factor, ("interactions", index))
+        if pair[0] == pair[1]:
+            raise StudyError(f"interactions: {pair[0]} with itself; name two factors").at(
+                "interactions", index
+            )
+    for index, claim in enumerate(study.claims):
+        here = ("claims", index)
+        _check_response(claim, claim.response, _RESPONSES, (*here, "response"))
+        if isinstance(claim, AssociatedClaim):
+            _check_response(claim, claim.on, _MEASURED, (*here, "on"))
+        if isinstance(claim, EquivalentClaim | MonotoneClaim | InteractionClaim):
+            _check_factor(study, f"claims: {claim.id}", claim.factor, (*here, "factor"))
+        if isinstance(claim, InteractionClaim):
+            _check_factor(study, f"claims: {claim.id}", claim.by, (*here, "by"))
+            if claim.factor == claim.by:
+                raise StudyError(
+                    f"claims: {claim.id}: {claim.by} cannot interact with itself; name two factors"
+                ).at(*here, "by")
+        if isinstance(claim, OverlapClaim):
+            _check_overlap(study, claim, planned, here)
+        _check_sides(claim, planned, here)
+
+
+def _check_response(claim: Claim, response: str, known: Sequence[str], place: Location) -> None:
+    name, at, view = response.partition("@")
+    if name not in known:
+        raise StudyError(f"claims: {claim.id}: unknown response {name}; {nearest(name, known)}").at(
+            *place
+        )
+    if at and view not in VIEWS:
+        raise StudyError(f"claims: {claim.id}: unknown view {view}; {nearest(view, VIEWS)}").at(
+            *place
+        )
+
+
+def _check_factor(study: StudyBase, who: str, factor: str, place: Location) -> None:
+    if factor not in study.factors:
+        hint = nearest(factor, list(study.factors)) if study.factors else "its factors: none"
+        raise StudyError(
+            f"{who} names the factor {factor}, which this study does not vary; {hint}"
+        ).at(*place)
+
+
+def _check_overlap(
+    study: StudyBase, claim: OverlapClaim, planned: Sequence[_Planned], here: Location
+) -> None:
+    between = canonical_path(claim.between)
+    if between != "seed" and not any(touches(canonical_path(f), between) for f in study.factors):
+        known = ["seed", *study.factors]
+        raise StudyError(
+            f"claims: {claim.id}: runs do not differ in {claim.between}; "
+            f"{nearest(claim.between, known)}"
+        ).at(*here, "between")
+    if claim.module is not None and claim.module not in MODULES:
+        raise StudyError(
+            f"claims: {claim.id}: unknown module {claim.module}; {nearest(claim.module, MODULES)}"
+        ).at(*here, "module")
+    if "surrogate" in claim.nulls and not any(
+        trial.role == "surrogate" or trial.value("algorithm.reward") in SURROGATES.values()
+        for trial in planned
+    ):
+        raise StudyError(
+            f"claims: {claim.id}: null surrogate needs runs whose reward carries no information; "
+            f"add one of the controls {', '.join(SURROGATES)}, or the factor algorithm.reward"
+        ).at(*here, "null")
+
+
+def _check_sides(claim: Claim, planned: Sequence[_Planned], here: Location) -> None:
+    for side, selector in claim.sides.items():
+        given = {"where": claim.where} | {side: getattr(claim, side)}
+        for field, path, value in ((f, p, v) for f, of in given.items() for p, v in of.items()):
+            _check_selector(claim.id, path, value, planned, (*here, field, path))
+        hidden = left_out(selector, claim.varied)
+        if not any(
+            trial.role not in hidden and all(trial.value(k) == v for k, v in selector.items())
+            for trial in planned
+        ):
+            raise StudyError(f"claims: {claim.id}: no planned trial has {selector}").at(*here, side)
+
+
+def _check_selector(
+    claim_id: str, path: str, value: object, planned: Sequence[_Planned], place: Location
+) -> None:
+    values = [found for trial in planned if (found := trial.value(path)) is not _NOWHERE]
+    if not values:
+        fields = {name for trial in planned for name in paths_of(trial.config)}
+        known = sorted([*fields, *_COLUMNS])
+        raise StudyError(f"claims: {claim_id}: unknown selector {path}; {nearest(path, known)}").at(
+            *place
+        )
+    if value not in values:
+        there = ", ".join(sorted({str(found) for found in values}))
+        raise StudyError(
+            f"claims: {claim_id}: no planned trial has {path} {value}; there: {there}"
+        ).at(*place)
