@@ -14,6 +14,7 @@ from rich.console import Console
 
 from pipelines import preset_command
 from pipelines.diff_command import diff
+from pipelines.overlap_command import overlap
 from rlsparse.errors import ConfigError, RlsparseError, RlsparseWarning
 
 if TYPE_CHECKING:
@@ -211,6 +212,7 @@ def report(
 
 
 app.command()(diff)
+app.command()(overlap)
 app.add_typer(preset_command.app, name="preset")
 
 

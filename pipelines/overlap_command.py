@@ -16,7 +16,7 @@ from rlsparse.errors import ConfigError
 Row = dict[str, Any]
 
 MASKS = typer.Argument(
-    metavar="MASK_OR_DIR...", show_default=False,
+    metavar="MASK_OR_DIR", show_default=False,
     help="Two or more of: mask files, folders of trials, patches, checkpoints (folders, hub ids, "
     "URLs).",
 )  # fmt: skip

@@ -187,7 +187,8 @@ def contrast(reader: Reader, items: Sequence[Item], label: str = "") -> Evidence
     ]
     if units.size < MIN_SEEDS:
         few = f"{units.size} seeds with complete matched runs, {MIN_SEEDS} are needed"
-        obstacles.append(Obstacle(f"{few}: {lost}" if lost else few, MORE_SEEDS))
+        remedy = f"what is missing: {lost}" if lost and not units.size else MORE_SEEDS
+        obstacles.append(Obstacle(f"{few}: {lost}" if lost else few, remedy))
         lost = ""
     return Evidence((Contrast.of(units, label),), tuple(obstacles), (lost,) if lost else ())
 

@@ -23,6 +23,7 @@ from rlsparse.claim_config import Claim
 from rlsparse.definitions import DEFINITIONS
 from rlsparse.evidence import Design
 from rlsparse.identity import canonical_json
+from rlsparse.levels import put
 from rlsparse.observations import Observations, observe
 from rlsparse.responses import responses
 from rlsparse.schemas import SCHEMAS
@@ -43,6 +44,7 @@ class Plan:
         self.trials = sorted(trials_of(self.study), key=lambda trial: trial.trial_id)
         self.names = [trial.trial_id for trial in self.trials]
         self.seeds = np.array([trial.config.seed for trial in self.trials])
+        self._configs = [trial.config.model_dump(mode="json") for trial in self.trials]
 
     def at(self, of: Callable[[Trial], object]) -> np.ndarray:
         """A number of each run, [T]."""
@@ -66,10 +68,11 @@ class Plan:
         """Table ``trials`` of the plan, or of copies of it; further columns are [copies * T]."""
         rows: list[dict[str, object]] = []
         for copy in range(copies) if copies else (None,):
-            for trial in self.trials:
-                config, cell = trial.config.model_dump(mode="json"), dict(trial.cell)
+            for trial, config in zip(self.trials, self._configs, strict=True):
+                cell = dict(trial.cell)
                 if copy is not None:
-                    config["algorithm"]["name"] = cell["algorithm.name"] = f"grpo{copy}"
+                    cell["algorithm.name"] = f"grpo{copy}"
+                    config = put(config, "algorithm.name", f"grpo{copy}")
                 row = {
                     "trial_id": _named(trial.trial_id, copy),
                     "status": "finished",
