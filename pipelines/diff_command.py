@@ -102,11 +102,11 @@ def diff(
     _check_outputs(json_path, out)
     if address is not None and not ray:
         raise ConfigError(f"--address {address} is only for --ray; add it")
-    casts = [*(cast or []), *([] if torch_dtype is None else [torch_dtype])]
+    casts = _formats([*(cast or []), *([] if torch_dtype is None else [torch_dtype])])
     measure = partial(
         partial(_measure_on_ray, address=address) if ray else _measure, first, second,
         aliases=_aliases(alias or []), num_threads=threads,
-        casts=[TORCH_DTYPES.get(name, name) for name in casts],
+        casts=casts,
         extra_tables=PAGE_TABLES if out else (),
     )  # fmt: skip
     if (done := _unless_interrupted(measure, spectrum, out)) is None:
@@ -129,6 +129,16 @@ def _one_of(argument: str | None, option: str | None, name: str, flag: str) -> s
         problem = "is missing" if not given else f"is given twice, also as {flag} {option}"
         raise ConfigError(f"{name} {problem}; usage: rlsparse diff BEFORE AFTER")
     return given[0]
+
+
+def _formats(given: Sequence[str]) -> list[str]:
+    """Number formats to round to; those of PyTorch under their names here."""
+    from rlsparse.views import check_view
+
+    casts = [TORCH_DTYPES.get(name, name) for name in given]
+    for cast in casts:
+        check_view(cast, VIEWS[1:])
+    return casts
 
 
 def _aliases(given: Sequence[str]) -> dict[str, str]:

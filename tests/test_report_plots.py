@@ -313,3 +313,9 @@ def test_hostile_names_are_escaped_in_every_chart():
     for _, chart in made:
         assert not re.search("<script", str(chart))
         parsed(chart)
+
+
+def test_the_consensus_has_a_tick_per_number_of_runs():
+    scale = svg.Scale(0.4, 4.6)
+    ticks = svg.labels(scale, 10, lambda v: f"{v:.0f}" if v == round(v) else "")
+    assert [text for _, text in ticks] == ["1", "2", "3", "4"]

@@ -164,12 +164,14 @@ def from_zero(values: Iterable[float | None]) -> Scale:
 
 
 def labels(scale: Scale, count: int, write: Format) -> list[tuple[float, str]]:
-    """Ticks and their labels, with more digits than ``write`` gives where they would be equal."""
-    values = scale.ticks(count)
-    written = [write(value) for value in values]
-    if len(set(written)) < len(values):
-        written = [f"{value:.6g}" for value in values]
-    return list(zip(values, written, strict=True))
+    """Ticks and their labels, with more digits than ``write`` gives where they would be equal.
+
+    Ticks for which ``write`` gives an empty text are left out.
+    """
+    ticks = [(value, text) for value in scale.ticks(count) if (text := write(value))]
+    if len({text for _, text in ticks}) < len(ticks):
+        return [(value, f"{value:.6g}") for value, _ in ticks]
+    return ticks
 
 
 # --- charts ----------------------------------------------------------------------------------
