@@ -8,12 +8,12 @@ own, whose fields are never pooled. Neither shares more than names with the othe
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from unittest import mock
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from planted_claims import NO_OVERLAPS
 from pydantic import TypeAdapter
 from scipy import special
 from test_effects import make_study, trials_of
@@ -33,7 +33,8 @@ KL, CLIP = "algorithm.kl_coef", "train.max_grad_norm"
 NUM_WEIGHTS = 10**9
 NUM_STEPS = 20
 NUM_BOTH = 10**7
-NO_STEPS, NO_CHANGES = (SCHEMAS[name].empty_table() for name in ("steps", "changes"))
+NOTHING = [SCHEMAS[name].empty_table() for name in ("trials", "steps", "changes", "overlaps")]
+_, NO_STEPS, NO_CHANGES, NO_OVERLAPS = NOTHING
 
 
 class Plan:
@@ -62,6 +63,20 @@ class Plan:
         """Normal effects that each run has alone, [num, T]."""
         return rng.normal(0, spread, (num, len(self.trials)))
 
+    def pair_noise(self, rng: np.random.Generator, num: int, spread: float) -> np.ndarray:
+        """Normal effects that each pair of runs has alone, [num, P]."""
+        found: np.ndarray = rng.normal(0, spread, (num, self.pairs().shape[1]))
+        return found
+
+    def pairs(self) -> np.ndarray:
+        """Places of the runs of all pairs, [2, P]."""
+        return np.array(list(itertools.combinations(range(len(self.trials)), 2))).T
+
+    def place(self, seed: int, level: str) -> int:
+        """Which run has a seed and a level of the KL coefficient."""
+        at = (self.seeds == seed) & (self.level(KL, level) > 0)
+        return int(np.flatnonzero(at)[0])
+
     # --- tables --------------------------------------------------------------------------------
 
     def runs(self, copies: int = 0, **columns: Sequence[object]) -> pa.Table:
@@ -74,7 +89,7 @@ class Plan:
                     cell["algorithm.name"] = f"grpo{copy}"
                     config = put(config, "algorithm.name", f"grpo{copy}")
                 row = {
-                    "trial_id": _named(trial.trial_id, copy),
+                    "trial_id": named(trial.trial_id, copy),
                     "status": "finished",
                     "cell": canonical_json(cell),
                     "config": canonical_json(config),
@@ -100,20 +115,18 @@ class Plan:
 
     def changes_of_copies(self, density: np.ndarray) -> pa.Table:
         """The same of copies, [copies, T]."""
-        names = [_named(name, copy) for copy in range(len(density)) for name in self.names]
+        names = [named(name, copy) for copy in range(len(density)) for name in self.names]
         return changes_of(names, ["stored"] * density.size, density.reshape(-1))
 
-    def pairs(self) -> np.ndarray:
-        """Places of the runs of all pairs, [2, P]."""
-        return np.array(list(itertools.combinations(range(len(self.trials)), 2))).T
-
-    def overlaps(self, excess: np.ndarray, *, copies: bool = False, density: float = 0.1) -> pa.Table:
+    def overlaps(
+        self, excess: np.ndarray, *, copies: bool = False, density: float = 0.1
+    ) -> pa.Table:
         """Table ``overlaps`` whose pairs have this log excess over magnitude, [views, P]."""
         num, each = excess.shape
         size = excess.size
         suffixes = range(num) if copies else [None] * num
         a, b = (
-            [_named(self.names[place], copy) for copy in suffixes for place in side]
+            [named(self.names[place], copy) for copy in suffixes for place in side]
             for side in self.pairs()
         )
         rows = {
@@ -132,7 +145,8 @@ class Plan:
         return tables.check(pa.table(rows), "overlaps")
 
 
-def _named(trial: str, copy: int | None) -> str:
+def named(trial: str, copy: int | None) -> str:
+    """Name of a run, or of a copy of it."""
     return trial if copy is None else f"{trial}-{copy}"
 
 
@@ -189,7 +203,8 @@ def claim(kind: str, **fields: object) -> Claim:
 class Studies:
     """Studies of one plan, by view, for which ``judge`` indexes tables only once.
 
-    Which runs a claim compares is found only once, too: it is the same in every view.
+    Which runs a claim compares is found once, too, as it is the same in all views; and verdicts
+    under other definitions are left out, as these agree.
     """
 
     def __init__(
@@ -200,43 +215,37 @@ class Studies:
         changes: pa.Table = NO_CHANGES,
         overlaps: pa.Table = NO_OVERLAPS,
     ) -> None:
-        study = plan.study.model_copy(update={"claims": tuple(stated)})
-        self._stated = stated
-        self._seen = observe(study, runs, NO_STEPS, changes, overlaps)
+        self._study = plan.study.model_copy(update={"claims": tuple(stated)})
+        self._seen = observe(self._study, runs, NO_STEPS, changes, overlaps)
         self._designs: dict[str, Design] = {}
 
     def judge(
         self,
-        view: str,
+        chosen: Sequence[str],
         registered: Mapping[str, str] | None = None,
         *,
         allow_missing: bool = False,
-    ) -> list[dict[str, object]]:
-        """Rows of ``claims.judge`` of the study in a view, which its claims do not name."""
-        named = [
-            one.model_copy(update={"response": f"{one.response}@{view}"})
-            if "." in one.response
-            else one
-            for one in self._stated
-        ]
-        study = self._seen.study.model_copy(update={"claims": tuple(named)})
-        status = {one.id: "registered" for one in named} if registered is None else registered
-        seen = dataclasses.replace(self._seen, views=(view,))
+    ) -> pd.DataFrame:
+        """Rows of ``claims.judge`` of the studies in some views, which their claims do not name."""
+        stated = self._study.claims
+        status = {one.id: "registered" for one in stated} if registered is None else registered
+        parts = []
         with (
-            mock.patch.object(claims, "observe", return_value=seen),
+            mock.patch.object(claims, "observe", self._observe),
             mock.patch.object(cases, "design", self._design),
+            only_bitwise(),
         ):
-            table = claims.judge(
-                study,
-                status,
-                NO_CHANGES,
-                NO_STEPS,
-                NO_CHANGES,
-                NO_OVERLAPS,
-                allow_missing=allow_missing,
-            )
-        rows: list[dict[str, object]] = table.to_pylist()
-        return rows
+            for view in chosen:
+                named = [
+                    one.model_copy(update={"response": f"{one.response}@{view}"}) for one in stated
+                ]
+                study = self._study.model_copy(update={"claims": tuple(named)})
+                self._seen = dataclasses.replace(self._seen, views=(view,))
+                parts.append(claims.judge(study, status, *NOTHING, allow_missing=allow_missing))
+        return pa.concat_tables(parts).to_pandas()
+
+    def _observe(self, *_: object) -> Observations:
+        return self._seen
 
     def _design(self, seen: Observations, one: Claim) -> Design:
         if one.id not in self._designs:
@@ -245,3 +254,16 @@ class Studies:
 
 
 _DESIGN = cases.design
+
+
+def verdicts(
+    plan: Plan, one: Claim, density: np.ndarray, **columns: Sequence[object]
+) -> pd.DataFrame:
+    """Rows on a claim of studies with these densities, [views, T]; columns of ``trials`` [T]."""
+    studies = Studies(plan, [one], plan.runs(**columns), plan.changes(density))
+    return studies.judge(views(len(density)))
+
+
+def only_bitwise() -> AbstractContextManager[object]:
+    """Claims are judged under one definition only."""
+    return mock.patch.object(cases, "DEFINITIONS", ("bitwise",))

@@ -1,13 +1,20 @@
-"""How often intervals cover, p values mislead and verdicts are wrong, on studies of known truth.
+"""How often intervals cover, p values mislead and verdicts are wrong, in studies of known truth.
 
-Each test's docstring says what was found when it was written; seeds are fixed, so that it is found
-again. A rate may exceed its limit by three Monte Carlo standard errors, no more.
+Each docstring says what was found when it was written; seeds are fixed, so that the same is found
+again. Rates may pass their limits by three Monte Carlo standard errors, means by four.
 """
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from pandas.testing import assert_frame_equal
+from planted import FLOATS, Tensor, unsigned, write_folder
+from scipy import special
 from simulated import (
     CLIP,
     KL,
@@ -18,45 +25,57 @@ from simulated import (
     claim,
     density,
     effects_of,
+    named,
+    only_bitwise,
+    verdicts,
     views,
 )
 
-from rlsparse import effects, overlap_effects
+from pipelines import collect, record
+from pipelines.storage import Storage
+from rlsparse import claims, effects, overlap_effects
+from rlsparse.claim_config import Claim
+from rlsparse.errors import TrialError
 from rlsparse.factorial import factorial
 from rlsparse.identity import canonical_json
+from rlsparse.levels import put
+from rlsparse.mask_set import compare_masks
+from rlsparse.patch import PATCH_FILE, TensorPair, write_patch
 from rlsparse.responses import responses
+from rlsparse.study import Trial
+from rlsparse.tables import snapshot_folder
 
 pytestmark = pytest.mark.slow
 
 BATCH = 500
-SEED_SPREAD, RUN_SPREAD = 0.5, 0.15
+"""Studies that share their tables."""
+COPIES = 50
+SEEDS, RUN = 0.5, 0.15
+"""Spread, in log odds, of what the runs of a seed share and of what each has alone."""
+TWO = {KL: [0.0, 0.04]}
+GREATER = claim("greater", a={KL: 0.04}, b={KL: 0.0})
+SPARSITY = "sparsity.bitwise@stored"
 
 
-def note(*what):
-    with open("/tmp/sim/notes.txt", "a") as f:
-        print(*what, file=f)
+def recovered(estimates: pd.Series, truth: float) -> None:
+    """The estimates have the right mean."""
+    assert abs(estimates.mean() - truth) < 4 * estimates.std() / np.sqrt(estimates.size)
 
 
-def error(values: np.ndarray) -> float:
-    """Monte Carlo standard error of a mean."""
-    return float(values.std(ddof=1) / np.sqrt(values.size))
+def at_most(hits: pd.Series | np.ndarray, limit: float) -> None:
+    """The rate of hits does not exceed the limit."""
+    assert np.mean(hits) <= limit + 3 * np.sqrt(limit * (1 - limit) / hits.size)
 
 
-def recovered(estimates: np.ndarray, truth: float) -> None:
-    """The mean of the estimates is the truth, up to Monte Carlo error."""
-    assert abs(estimates.mean() - truth) < 3.5 * error(estimates), (estimates.mean(), truth)
+def coverage(rows: pd.DataFrame, truth: float) -> float:
+    """Share of intervals that hold the truth."""
+    return float(((rows["ci_low"] <= truth) & (truth <= rows["ci_high"])).mean())
 
 
-def at_most(hits: np.ndarray, limit: float) -> float:
-    """The rate of hits, which does not exceed the limit."""
-    rate = float(np.mean(hits))
-    assert rate <= limit + 3 * np.sqrt(limit * (1 - limit) / hits.size), (rate, limit)
-    return rate
-
-
-def covered(rows: pd.DataFrame, truth: float) -> np.ndarray:
-    """Which of the intervals hold the truth."""
-    return ((rows["ci_low"] <= truth) & (truth <= rows["ci_high"])).to_numpy()
+def is_valid(p_values: pd.Series) -> None:
+    """P(p <= a) <= a."""
+    for level in (0.05, 0.125, 0.25):
+        at_most(p_values <= level, level)
 
 
 # --- planted effects ---------------------------------------------------------------------------
@@ -65,22 +84,26 @@ CROSSED = {"factors": {KL: [0.0, 0.04, 0.1], CLIP: [1.0, None]}}
 BY_KL, BY_CLIP, BY_BOTH = 0.3, -0.2, 0.25
 
 
-def crossed_effects(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """Log odds by the factors alone, and what they do only together; [T] each."""
+def crossed(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """Log odds by the two factors alone, and what they do only together; [T] each."""
     kl, clip = plan.level(KL, "0.04"), plan.level(CLIP, "null")
     return BY_KL * kl + BY_CLIP * clip, BY_BOTH * kl * clip
 
 
 def test_matched_contrasts_recover_planted_effects() -> None:
-    """4000 studies, 4 seeds, 3 x 2 cells, effects of the seed three times the noise of a run."""
+    """4000 studies of 4 seeds x 3 x 2 cells.
+
+    Found: means within .0022 of the planted effects; intervals cover 94.6-95.5 %; nothing of what
+    the seeds do is left in the estimates, as levels correlate over seeds with .87-.95.
+    """
     plan, rng = Plan(**CROSSED), np.random.default_rng(1)
-    truth = 2 + sum(crossed_effects(plan))
+    truth = 2 + sum(crossed(plan))
     parts = []
     for _ in range(8):
-        seeds = plan.by_seed(rng, BATCH, SEED_SPREAD)
-        parts.append(effects_of(plan, truth + seeds + plan.noise(rng, BATCH, RUN_SPREAD)))
+        x = truth + plan.by_seed(rng, BATCH, SEEDS) + plan.noise(rng, BATCH, RUN)
+        parts.append(effects_of(plan, x))
     found = pd.concat(parts)
-    each = found[found["method"] == effects.MATCHED].groupby(["factor", "level", "within"])
+    found = found[found["method"] == effects.MATCHED]
     clip = {name: canonical_json({CLIP: name}) for name in ("1.0", "null")}
     kl = {name: canonical_json({KL: name}) for name in ("0.0", "0.04", "0.1")}
     planted = {
@@ -95,111 +118,351 @@ def test_matched_contrasts_recover_planted_effects() -> None:
         (CLIP, "null", kl["0.1"]): BY_CLIP,
         (CLIP, "null", "{}"): BY_CLIP + BY_BOTH / 3,
     }
-    assert set(each.groups) == set(planted)
-    for key, rows in each:
+    each = dict(list(found.groupby(["factor", "level", "within"])))
+    assert each.keys() == planted.keys()
+    for key, rows in each.items():
         assert len(rows) == 8 * BATCH
-        recovered(rows["estimate"].to_numpy(), planted[key])
-        cells = {"{}": 2 if key[0] == KL else 3}.get(key[2], 1)
-        spread = RUN_SPREAD * np.sqrt(2 / 4 / cells)  # no trace of what the seeds do
-        assert rows["estimate"].std() == pytest.approx(spread, rel=0.05, abs=0)
-        coverage = covered(rows, planted[key]).mean()
-        note("recover", key, rows["estimate"].mean(), planted[key], coverage, rows["correlation"].mean())
-        assert coverage == pytest.approx(0.95, rel=0, abs=0.01)
+        recovered(rows["estimate"], planted[key])
+        num_cells = {KL: 2, CLIP: 3}[key[0]] if key[2] == "{}" else 1
+        alone = RUN * np.sqrt(2 / 4 / num_cells)  # no trace of what the seeds do
+        assert rows["estimate"].std() == pytest.approx(alone, rel=0.05, abs=0)
+        assert coverage(rows, planted[key]) == pytest.approx(0.95, rel=0, abs=0.01)
+        assert rows["correlation"].mean() > 0.8
+
+
+def test_scores_recover_planted_effects() -> None:
+    """4000 studies of 4 seeds, 512 problems each.
+
+    Found: .301 of .3 in log odds; .0703 of .0704 in gain; intervals cover 94.4 %.
+    """
+    plan, rng = Plan(factors=TWO), np.random.default_rng(2)
+    parts, gaps = [], []
+    for _ in range(4000 // COPIES):
+        x = 0.3 * plan.level(KL, "0.04") + plan.by_seed(rng, COPIES, SEEDS)
+        chance = special.expit(x + plan.noise(rng, COPIES, RUN))
+        solved = rng.binomial(512, chance) / 512
+        runs = plan.runs(COPIES, score_after=solved.reshape(-1))
+        changes = plan.changes_of_copies(np.full(chance.shape, 0.1))
+        frame = responses(runs, NO_STEPS, changes, "stored")
+        frame = frame[frame["response"].str.startswith("score")]
+        found = effects.effects(plan.study, runs, frame, changes).to_pandas()
+        parts.append(found[found["method"] == effects.MATCHED])
+        is_a = plan.level(KL, "0.04") > 0
+        gaps.append((chance[:, is_a] - chance[:, ~is_a]).mean())
+    rows = dict(list(pd.concat(parts).groupby("response")))
+    assert len(rows["score_after"]) == len(rows["score_gain"]) == 4000
+    recovered(rows["score_after"]["estimate"], 0.3)
+    recovered(rows["score_gain"]["estimate"], np.mean(gaps))
+    assert coverage(rows["score_after"], 0.3) == pytest.approx(0.95, rel=0, abs=0.01)
 
 
 def test_factorial_model_recovers_planted_effects_and_interactions() -> None:
-    """1000 studies of three responses."""
-    plan, rng = Plan(**CROSSED, interactions=[[KL, CLIP]]), np.random.default_rng(2)
-    alone, together = crossed_effects(plan)
-    terms, means, shifts, contrasts = [], [], [], []
-    for _ in range(1000):
-        shift = plan.by_seed(rng, 3, SEED_SPREAD)
-        noise = plan.noise(rng, 3, RUN_SPREAD)
-        sparsity, score, kl = shift + noise + np.array([2 + alone + together, alone, 0 * alone])
-        solved = rng.binomial(512, density(-score)) / 512
-        runs = plan.runs(score_after=solved, kl_final=0.02 * np.exp(kl))
-        changes = plan.changes(density(sparsity)[None])
+    """3 x 800 studies: main effects with their interaction, without it, nothing.
+
+    Found: marginal means within .005 of the truth, covered in 93.4-96.3 %; an interaction that is
+    not there has p <= .05 in 6.1 % and .5 % of the rest of the variance; one as large as a main
+    effect is found in a third of the studies: 4 seeds say little of interactions.
+    """
+    plan, rng = Plan(**CROSSED, interactions=[[KL, CLIP]]), np.random.default_rng(3)
+    alone, together = crossed(plan)
+    runs, num = plan.runs(), 800
+    for truth in (alone + together, alone, 0 * alone):
+        shifts = plan.by_seed(rng, num, SEEDS)
+        changes = plan.changes(density(2 + truth + shifts + plan.noise(rng, num, RUN)))
         frame = responses(runs, NO_STEPS, changes, "stored")
-        keep = ["sparsity.bitwise@stored", "score_after", "score_gain", "kl_final"]
-        frame = frame[frame["response"].isin(keep)]
-        found = factorial(plan.study, runs, frame)
-        terms.append(found[0].to_pandas())
-        means.append(found[1].to_pandas())
-        shifts.append(shift.mean(axis=1))
-        contrasts.append(effects.effects(plan.study, runs, frame, changes).to_pandas())
-    t, m, c = pd.concat(terms), pd.concat(means), pd.concat(contrasts)
-    t = t.set_index(["response", "term"])
-    note("terms", t.groupby(level=[0, 1])[["omega_sq", "p_value", "sum_sq"]].mean().to_string())
-    for r in t.index.unique():
-        note("reject", r, (t.loc[[r], "p_value"] <= .05).mean(), (t.loc[[r], "p_adjusted"] <= .05).mean())
-    note("means", m.groupby(["response", "factor", "level"])[["estimate"]].agg(["mean", "std"]).to_string())
-    c = c[c["method"] == effects.MATCHED]
-    note("contrasts", c.groupby(["response", "factor", "level", "within"])[["estimate"]].agg(["mean", "std", "count"]).to_string())
+        of_view = {f"sparsity.bitwise@{view}": place for place, view in enumerate(views(num))}
+        terms, means = [], []
+        for name, rows in frame[frame["response"].isin(of_view)].groupby("response"):
+            found = factorial(plan.study, runs, rows.assign(response=SPARSITY))
+            terms.append(found[0].to_pandas())
+            means.append(found[1].to_pandas().assign(shift=shifts[of_view[str(name)]].mean()))
+        by_term = dict(list(pd.concat(terms).groupby("term")))
+        by_level = dict(list(pd.concat(means).groupby(["factor", "level"])))
+        for (factor, level), rows in by_level.items():
+            mean = 2 + truth[plan.level(factor, level) > 0].mean()
+            recovered(rows["estimate"] - rows["shift"], mean)
+            about = rows.assign(
+                ci_low=rows["ci_low"] - rows["shift"], ci_high=rows["ci_high"] - rows["shift"]
+            )
+            assert coverage(about, mean) == pytest.approx(0.95, rel=0, abs=0.02)
+        both = by_term[f"{KL} : {CLIP}"]
+        if truth is not alone + together and (truth == alone).all():
+            is_valid(both["p_value"])
+            assert abs(both["omega_sq"].mean()) < 0.02
 
 
 # --- intervals and verdicts --------------------------------------------------------------------
 
-TWO = {KL: [0.0, 0.04]}
-
 
 @pytest.mark.parametrize("num_seeds", [4, 5, 8])
 def test_intervals_of_matched_contrasts_cover(num_seeds: int) -> None:
+    """6000 studies without effect; in 4000 of them seeds differ three times as much as runs.
+
+    Found: 94.5, 95.3 and 94.8 % at 4, 5 and 8 seeds. Unpaired intervals, for which seeds are
+    noise, cover 99.9-100 %, and 94.8-95.4 % where seeds say nothing. Sign flips: p <= .125 in 13.0,
+    12.4 and 13.0 %; never below their floor.
+    """
     plan, rng = Plan(factors=TWO, seeds=range(num_seeds)), np.random.default_rng(num_seeds)
-    for spread in (SEED_SPREAD, 0.0):
-        parts = []
-        for _ in range(12):
-            x = 2 + 0.3 * plan.level(KL, "0.04") + plan.by_seed(rng, BATCH, spread)
-            parts.append(effects_of(plan, x + plan.noise(rng, BATCH, RUN_SPREAD)))
-        found = pd.concat(parts)
-        for method, rows in found.groupby("method"):
-            note("cover", num_seeds, spread, method, covered(rows, 0.3).mean(), len(rows), (rows.ci_high - rows.ci_low).mean())
+    matched = []
+    for spread, rounds in ((SEEDS, 8), (0.0, 4)):
+        noise = (plan.noise(rng, BATCH, RUN) for _ in range(rounds))
+        parts = [effects_of(plan, 2 + plan.by_seed(rng, BATCH, spread) + one) for one in noise]
+        by_method = dict(list(pd.concat(parts).groupby("method")))
+        matched.append(by_method[effects.MATCHED])
+        unpaired = coverage(by_method[effects.UNPAIRED], 0)
+        if spread:
+            assert unpaired > 0.99
+        else:
+            assert 0.94 < unpaired < 0.975
+    rows = pd.concat(matched)
+    assert coverage(rows, 0) == pytest.approx(0.95, rel=0, abs=0.01)
+    is_valid(rows["p_value"])
+    assert rows["p_value"].min() == rows["p_floor"].iloc[0] == 2.0 ** (1 - num_seeds)
 
 
-def verdicts_of(plan, rng, rounds, x, one, **given):
+def test_bootstrap_covers_less_than_t() -> None:
+    """1000 studies of 10 seeds. Found: 90.1 %, where t covers 94.8 %."""
+    plan, rng = Plan(factors=TWO, seeds=range(10)), np.random.default_rng(10)
+    x = (2 + plan.by_seed(rng, BATCH, SEEDS) + plan.noise(rng, BATCH, RUN) for _ in range(2))
+    found = dict(list(pd.concat([effects_of(plan, one) for one in x]).groupby("method")))
+    assert 0.87 < coverage(found[effects.BOOTSTRAP], 0) < coverage(found[effects.MATCHED], 0)
+
+
+def test_studies_by_view_are_judged_as_alone() -> None:
+    """What ``Studies`` saves changes nothing: same rows as ``judge`` of a table of one view."""
+    stated = [
+        GREATER,
+        claim("equivalent", id="kl", factor=KL),
+        claim("above_null", id="seeds", response="overlap.bitwise", where={KL: 0.0}),
+    ]
+    plan = Plan(factors=TWO, controls=["lr_times_3"], claims=[one.model_dump() for one in stated])
+    rng = np.random.default_rng(11)
+    for _ in range(20):
+        changes = plan.changes(0.02 * np.exp(plan.noise(rng, 2, 0.1)))
+        overlaps = plan.overlaps(plan.pair_noise(rng, 2, 0.1))
+        runs = plan.runs(kl_final=np.exp(plan.noise(rng, 1, 0.1))[0])
+        status = {one.id: "registered" for one in stated}
+        own, other = (t.filter(pa.compute.equal(t["view"], "stored")) for t in (changes, overlaps))
+        with only_bitwise():
+            alone = claims.judge(
+                plan.study, status, runs, NO_STEPS, own, other, allow_missing=False
+            )
+        found = Studies(plan, stated, runs, changes, overlaps).judge(["v1", "stored"])
+        assert_frame_equal(found[len(stated) :].reset_index(drop=True), alone.to_pandas())
+
+
+def test_greater_is_rarely_supported_without_effect() -> None:
+    """4000 studies of 4 seeds. Found: supported in 2.6 %, refuted in 2.2 %."""
+    plan, rng = Plan(factors=TWO), np.random.default_rng(12)
+    rows = pd.concat(
+        verdicts(plan, GREATER, density(2 + plan.by_seed(rng, BATCH, SEEDS) + noise))
+        for noise in (plan.noise(rng, BATCH, RUN) for _ in range(8))
+    )
+    for verdict in ("supported", "refuted"):
+        at_most(rows["verdict"] == verdict, 0.025)
+
+
+def test_equivalent_is_rarely_supported_at_its_margin() -> None:
+    """4000 studies of 4 seeds whose true density ratio is the margin. Found: 5.2 %."""
+    plan, rng = Plan(factors=TWO, controls=["lr_times_3"]), np.random.default_rng(13)
+    level = plan.level(KL, "0.04")
+    control = plan.at(lambda trial: trial.control == "lr_times_3")
     rows = []
-    for _ in range(rounds):
-        studies = Studies(plan, plan.runs(**given), plan.changes(x()))
-        rows += [studies.judge(view, [one])[0] for view in views(BATCH)]
-    return pd.DataFrame(rows)
-
-
-def test_greater() -> None:
-    plan, rng = Plan(factors=TWO), np.random.default_rng(3)
-    one = claim("greater", a={KL: 0.04}, b={KL: 0.0})
-
-    def x():
-        return density(2 + plan.by_seed(rng, BATCH, SEED_SPREAD) + plan.noise(rng, BATCH, RUN_SPREAD))
-
-    rows = verdicts_of(plan, rng, 8, x, one)
-    note("greater", rows.verdict.value_counts(normalize=True).to_dict())
-
-
-def test_equivalent() -> None:
-    plan, rng = Plan(factors=TWO, controls=["lr_times_3"]), np.random.default_rng(4)
-    one = claim("equivalent", factor=KL)
-    kl = plan.level(KL, "0.04")
-    control = plan.at(lambda t: t.control == "lr_times_3")
-
-    def x():
-        log = np.log(.1) + plan.by_seed(rng, BATCH, SEED_SPREAD) + plan.noise(rng, BATCH, 0.05)
-        return np.exp(log + np.log(1.25) * kl + np.log(2.5) * control)
-
-    rows = verdicts_of(plan, rng, 8, x, one, kl_final=0.02 / (1 + kl))
-    note("equivalent", rows.verdict.value_counts(normalize=True).to_dict(), rows.note[rows.verdict=="undecided"].iloc[0])
+    for _ in range(8):
+        log = np.log(0.02) + plan.by_seed(rng, BATCH, SEEDS) + plan.noise(rng, BATCH, 0.05)
+        changed = np.exp(log + np.log(1.25) * level + np.log(2.5) * control)
+        one = claim("equivalent", factor=KL, margin=1.25)
+        rows.append(verdicts(plan, one, changed, kl_final=0.02 / (1 + level)))
+    found = pd.concat(rows)["verdict"]
+    assert set(found) == {"supported", "undecided"}
+    at_most(found == "supported", 0.05)
+    assert (found == "supported").mean() > 0.03  # the margin alone is what withholds the rest
 
 
 @pytest.mark.parametrize("num_true", [0, 3])
-def test_holm(num_true) -> None:
+def test_holm_keeps_the_error_of_a_study(num_true: int) -> None:
+    """2000 studies of 4 seeds and 6 claims, all or 3 of them without effect.
+
+    Found: a false verdict, either way, in 4.6 and 4.8 % of the studies.
+    """
     levels = [0.01 * i for i in range(12)]
-    plan, rng = Plan(factors={KL: levels}), np.random.default_rng(5)
-    stated = [claim("greater", id=f"c{i}", a={KL: levels[2*i+1]}, b={KL: levels[2*i]}) for i in range(6)]
-    real = sum(plan.level(KL, repr(levels[2*i+1])) for i in range(num_true)) if num_true else 0
-    wrong = []
-    for _ in range(4):
-        x = 2 + 3 * real + plan.by_seed(rng, BATCH, SEED_SPREAD) + plan.noise(rng, BATCH, RUN_SPREAD)
-        studies = Studies(plan, plan.runs(), plan.changes(density(x)))
-        for view in views(BATCH):
-            rows = studies.judge(view, stated)
-            wrong.append([r["verdict"] for r in rows])
-    wrong = np.array(wrong)
-    note("holm", num_true, (wrong[:, num_true:] != "undecided").any(axis=1).mean(), (wrong[:, :num_true] == "supported").mean() if num_true else "")
+    plan, rng = Plan(factors={KL: levels}), np.random.default_rng(num_true)
+    stated = [
+        claim("greater", id=f"c{i}", a={KL: levels[2 * i + 1]}, b={KL: levels[2 * i]})
+        for i in range(6)
+    ]
+    real = 3 * np.sum([plan.level(KL, repr(levels[2 * i + 1])) for i in range(num_true)], axis=0)
+    found = []
+    for _ in range(2000 // BATCH):
+        x = 2 + real + plan.by_seed(rng, BATCH, SEEDS) + plan.noise(rng, BATCH, RUN)
+        studies = Studies(plan, stated, plan.runs(), plan.changes(density(x)))
+        found.append(studies.judge(views(BATCH))["verdict"].to_numpy().reshape(BATCH, 6))
+    is_true, is_null = np.split(np.concatenate(found), [num_true], axis=1)
+    at_most((is_null != "undecided").any(axis=1), 0.05)
+    assert (is_true == "supported").all()
+
+
+EDGES: dict[str, Claim] = {
+    "within": claim("within", low=special.expit(2.0), high=1.0, where={KL: 0.0, CLIP: 1.0}),
+    "reproduces": claim(
+        "reproduces", value=special.expit(2.0) + 0.02, margin=0.02, where={KL: 0.0, CLIP: 1.0}
+    ),
+    "monotone": claim("monotone", factor=KL, direction="increasing"),
+    "interaction": claim("interaction", factor=KL, by=CLIP, margin=1.25),
+    "associated": claim("associated", on="kl_final"),
+}
+
+
+@pytest.mark.parametrize("kind", EDGES)
+def test_claims_of_other_kinds_rarely_err_at_their_edge(kind: str) -> None:
+    """1000 studies of 4 seeds for each kind, whose truth is at the edge of the claim.
+
+    Found, either way: within 4.9 %, reproduces 4.8 %, monotone 2.3 %, interaction 1.0 % (of two
+    contrasts one is at the edge), associated 3.3 %.
+    """
+    plan, rng = Plan(**CROSSED), np.random.default_rng(14)
+    both = plan.level(KL, "0.04") * plan.level(CLIP, "null")
+    truth = 2 + np.log(1.25) * both if kind == "interaction" else np.full(len(plan.names), 2.0)
+    rows = []
+    for _ in range(2):
+        shifts = 0 if kind in ("within", "reproduces") else plan.by_seed(rng, BATCH, SEEDS)
+        x = truth + shifts + plan.noise(rng, BATCH, RUN)
+        realised = np.exp(plan.noise(rng, 1, 1.0))[0]
+        rows.append(verdicts(plan, EDGES[kind], density(x), kl_final=realised))
+    found = pd.concat(rows)["verdict"]
+    at_most(found != "undecided", 0.05)
+
+
+# --- p values ----------------------------------------------------------------------------------
+
+
+def test_sign_flips_hold_without_a_normal_distribution() -> None:
+    """4000 studies of 6 seeds, heavy tails, each seed with a spread of its own.
+
+    Found: p <= .05, .125, .25 in 2.4, 12.0, 24.3 %.
+    """
+    plan, rng = Plan(factors=TWO, seeds=range(6)), np.random.default_rng(15)
+    parts = []
+    for _ in range(8):
+        wild = rng.standard_t(2, (BATCH, len(plan.names)))
+        x = 2 + plan.by_seed(rng, BATCH, SEEDS) + 0.1 * wild * (1 + plan.seeds)
+        parts.append(effects_of(plan, x))
+    rows = pd.concat(parts)
+    is_valid(rows.loc[rows["method"] == effects.MATCHED, "p_value"])
+
+
+def test_holm_adjusts_over_levels_and_cells() -> None:
+    """4000 studies of 8 seeds x 3 x 2 cells without effects: the least p of a factor, adjusted.
+
+    Found: <= .05, .125, .25 in 4.4, 7.7, 17.0 % over 6 tests, and 2.9, 10.8, 20.0 % over 4.
+    """
+    plan, rng = Plan(**CROSSED, seeds=range(8)), np.random.default_rng(16)
+    least = []
+    for _ in range(8):
+        x = 2 + plan.by_seed(rng, BATCH, SEEDS) + plan.noise(rng, BATCH, RUN)
+        rows = effects_of(plan, x)
+        least.append(rows.groupby(["response", "factor"])["p_adjusted"].min().unstack("factor"))
+    for factor in (KL, CLIP):
+        is_valid(pd.concat(least)[factor])
+
+
+@pytest.mark.parametrize("num_true", [0, 4])
+def test_false_layers_are_a_small_share_of_those_found(num_true: int) -> None:
+    """2000 studies of 4 seeds and 12 layers, none or 4 of them with an effect.
+
+    Found at .05, .125, .25: 3.6, 11.3, 24.2 % of studies find any, where there is none; else 3.5,
+    9.3, 18.0 % of what they find is false.
+    """
+    plan, rng = Plan(factors=TWO), np.random.default_rng(17)
+    names = [named(name, copy) for copy in range(COPIES) for name in plan.names]
+    runs, parts = plan.runs(COPIES), []
+    for batch in range(2000 // COPIES):
+        layers = []
+        for layer in range(12):
+            x = 2 + plan.by_seed(rng, COPIES, SEEDS) + plan.noise(rng, COPIES, RUN)
+            x = x + (layer < num_true) * plan.level(KL, "0.04")
+            layers.append(changes_of(names, ["stored"] * x.size, density(x).reshape(-1), layer))
+        changes = pa.concat_tables(layers)
+        frame = responses(runs, NO_STEPS, changes, "stored").iloc[:0]
+        found = effects.effects(plan.study, runs, frame, changes).to_pandas()
+        parts.append(found.assign(study=found["within"] + str(batch)))
+    rows = pd.concat(parts)
+    rows = rows[rows["layer"].notna()]
+    for level in (0.05, 0.125, 0.25):
+        is_found = rows["p_adjusted"] <= level
+        counts = pd.DataFrame(
+            {"all": is_found, "false": is_found & (rows["layer"] >= num_true)}
+        ).groupby(rows["study"])
+        share = (counts["false"].sum() / counts["all"].sum().clip(lower=1)).to_numpy()
+        assert share.mean() <= level + 3 * share.std() / np.sqrt(share.size)
+
+
+# --- overlaps ----------------------------------------------------------------------------------
+
+NUM_LIFTS = 1000
+SPREADS = {"runs": (0.1, 0.05, 0.1), "seeds": (0.2, 0.0, 0.02), "pairs": (0.0, 0.0, 0.1)}
+"""Of log excess: what runs of a seed share, what each has alone, what a pair has alone."""
+
+
+@pytest.mark.parametrize("spreads", SPREADS)
+@pytest.mark.parametrize(("num_seeds", "num_cells"), [(4, 1), (6, 1), (4, 3), (6, 3)])
+def test_lifts_between_seeds_are_covered(num_seeds: int, num_cells: int, spreads: str) -> None:
+    """12 x 1000 studies with a lift of 1.1, the margin.
+
+    Found: 94.5-96.5 % where runs or seeds differ, at 4 and 6 seeds, in one cell and in three of
+    shared prompts; 98.2-99.3 % where only pairs do, for which leaving out seeds is conservative.
+    Supported in .4-2.8 %.
+    """
+    factors = {"factors": {KL: [0.0, 0.04, 0.1]}} if num_cells == 3 else {}
+    plan = Plan(seeds=range(num_seeds), **factors)
+    one = claim("above_null", response="overlap.bitwise", margin=1.1)
+    rng = np.random.default_rng([num_seeds, num_cells])
+    excess = np.log(1.1) + _excess(plan, rng, NUM_LIFTS, *SPREADS[spreads])
+    studies = Studies(plan, [one], plan.runs(), overlaps=plan.overlaps(excess))
+    rows = studies.judge(views(NUM_LIFTS))
+    at_most((rows["ci_low"] > 1.1) | (rows["ci_high"] < 1.1), 0.06)
+    at_most(rows["verdict"] == "supported", 0.025)
+
+
+def _excess(
+    plan: Plan, rng: np.random.Generator, num: int, seed: float, run: float, pair: float
+) -> np.ndarray:
+    """Log excess of pairs, [num, P]: additive effects of both runs, and noise."""
+    a, b = plan.pairs()
+    alone = plan.by_seed(rng, num, seed) + plan.noise(rng, num, run)
+    return alone[:, a] + alone[:, b] + plan.pair_noise(rng, num, pair)
+
+
+@pytest.mark.parametrize(
+    ("num_seeds", "num_cells", "num"), [(4, 1, 1000), (6, 1, 1000), (4, 3, 300)]
+)
+def test_effects_on_overlaps_are_covered(num_seeds: int, num_cells: int, num: int) -> None:
+    """4600 studies without effect, or with one that differs by seed.
+
+    Found: contrasts cover 99.2-99.4 % without, 95.4-96.0 % with an effect; overlap within a level
+    95.0-96.3 % (93.3 and 95.0 % of 600 with three cells). p of swapped labels <= .125, .25 in 12.5,
+    25.8 % at 4 and 11.3, 22.9 % at 6 seeds, there <= .05 in 3.5 %.
+    """
+    clips = {CLIP: [1.0, None, 0.5]} if num_cells == 3 else {}
+    plan = Plan(factors={**TWO, **clips}, seeds=range(num_seeds))
+    rng = np.random.default_rng([18, num_seeds, num_cells])
+    a, b = plan.pairs()
+    across = plan.level(KL, "0.04")[a] != plan.level(KL, "0.04")[b]
+    for truth, by_seed in ((0.0, 0.0), (-0.2, 0.1)):
+        parts = []
+        for _ in range(num // COPIES):
+            moved = plan.by_seed(rng, COPIES, by_seed)
+            excess = 0.5 + _excess(plan, rng, COPIES, *SPREADS["runs"])
+            excess += (truth + moved[:, a] + moved[:, b]) * across
+            overlaps = plan.overlaps(excess, copies=True)
+            runs = plan.runs(COPIES)
+            parts.append(overlap_effects.overlap_effects(plan.study, runs, overlaps).to_pandas())
+        rows = pd.concat(parts)
+        by_method = dict(list(rows[rows["factor"] == KL].groupby("method")))
+        between, within = by_method[overlap_effects.ACROSS], by_method[overlap_effects.WITHIN]
+        assert (len(between), len(within)) == (num, 2 * num)
+        recovered(between["estimate"], truth)
+        at_most((between["ci_low"] > truth) | (between["ci_high"] < truth), 0.06)
+        at_most((within["ci_low"] > 0.5) | (within["ci_high"] < 0.5), 0.06)
+        if truth == 0:
+            is_valid(between["p_value"])
