@@ -4,7 +4,9 @@ The command is registered in ``cli``; what it measures is ``rlsparse.mask_set``.
 """
 
 import json
+import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +16,13 @@ from rlsparse.definitions import NULLS, VIEWS
 from rlsparse.errors import ConfigError
 
 Row = dict[str, Any]
+
+MIN_TABLE_WIDTH = 120
+"""Columns below which the numbers of a table would be cut."""
+LEGEND = (
+    "lift: observed over expected overlap; o1, o2: share of a, of b that is in both; largest: the "
+    "lift over uniform that the densities allow"
+)
 
 MASKS = typer.Argument(
     metavar="MASK_OR_DIR", show_default=False,
@@ -44,13 +53,15 @@ def overlap(
     """Say how much the changed weights of several runs overlap, and how much chance explains."""
     if view not in VIEWS:
         raise ConfigError(f"--view {view}: choose of {', '.join(VIEWS)}")
-    from rlsparse.mask_set import compare_masks
+    from rlsparse.mask_set import compare_masks, last_snapshot
 
     rows = [_measures(row) for row in compare_masks(masks, base=base, view=view)]
+    taken = {place: patch.parent.name for place in masks if (patch := last_snapshot(place))}
     if json_path is not None:
-        _write(json_path, {"view": view, "masks": masks, "overlaps": rows})
+        content = {"view": view, "masks": masks, "snapshots": taken, "overlaps": rows}
+        _write(json_path, content)
     if json_path != "-":
-        _print([row for row in rows if per_module or row["module"] is None], masks)
+        _print([row for row in rows if per_module or row["module"] is None], masks, taken)
 
 
 def _measures(row: Row) -> Row:
@@ -98,16 +109,46 @@ def _write(path: str, content: Row) -> None:
         raise ConfigError(f"cannot write {path}: {error.strerror}; give another --json") from error
 
 
-def _print(rows: list[Row], masks: list[str]) -> None:
+def _print(rows: list[Row], masks: list[str], taken: Mapping[str, str]) -> None:
+    """Print a table, or blocks of lines where it is too wide; ``taken``: place -> snapshot."""
     from rich.console import Console
+
+    is_known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = Console(width=None if is_known else 160)
+    short = {place: f"[{number}]" for number, place in enumerate(masks, 1)}
+    for place, name in short.items():
+        of = f" ({taken[place]})" if place in taken else ""
+        console.print(f"{name}  {place}{of}", markup=False, highlight=False, soft_wrap=True)
+    if console.width < MIN_TABLE_WIDTH:
+        for row in rows:
+            for line in _block(row, short):
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print()
+    else:
+        console.print(_table(rows, short))
+    console.print(LEGEND, highlight=False, soft_wrap=console.width >= MIN_TABLE_WIDTH)
+
+
+def _block(row: Row, short: Mapping[str, str]) -> list[str]:
+    """A pair of masks in lines of at most 80 characters."""
+    from rlsparse.report.formats import number, percent
+
+    lifts = "  ".join(f"{null.replace('_', ' ')} {number(row['lift'][null])}" for null in NULLS)
+    return [
+        "",
+        f"{short[row['a']]} and {short[row['b']]}, {row['module'] or 'all'} weights",
+        f"  lift  {lifts}",
+        f"  largest {number(row['max_lift'])}  kappa {number(row['kappa'])}"
+        f"  odds ratio {number(row['odds_ratio'])}",
+        f"  o1 {percent(row['o1'])}  o2 {percent(row['o2'])}  Jaccard {number(row['jaccard'])}",
+    ]
+
+
+def _table(rows: list[Row], short: Mapping[str, str]) -> Any:
     from rich.table import Table
 
     from rlsparse.report.formats import number, percent
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    short = {place: f"[{number}]" for number, place in enumerate(masks, 1)}
-    for place, name in short.items():
-        console.print(f"{name}  {place}", markup=False, highlight=False, soft_wrap=True)
     table = Table()
     for column in ("a", "b", "weights", "o1", "o2", "Jaccard", "kappa", "odds ratio"):
         table.add_column(column, justify="left" if column in ("a", "b", "weights") else "right")
@@ -122,9 +163,4 @@ def _print(rows: list[Row], masks: list[str]) -> None:
             *(number(row["lift"][null]) for null in NULLS),
             number(row["max_lift"]),
         )  # fmt: skip
-    console.print(table)
-    console.print(
-        "lift: observed over expected overlap; o1, o2: share of a, of b that is in both; largest: "
-        "the lift over uniform that the densities allow",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    return table

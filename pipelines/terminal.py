@@ -44,23 +44,29 @@ def relative(path: str) -> str:
 
 def _runs(study: StudyBase, tables: Mapping[str, pa.Table], trials: Iterable[Row]) -> Table:
     runs = _table(study.question, "trial", "seed", "score", "unchanged bitwise", "|d| <= 1e-5",
-                  "overlap / chance")  # fmt: skip
+                  "overlap / tensor null")  # fmt: skip
     measured = measured_scalars(study, tables)
     for row in trials:
         if row["role"] == "control":
             continue
         last = {name: value for name, _, value in sorted(measured.get(row["trial_id"], []))}
-        before, after = row["score_before"], row["score_after"]
         lift = last.get("overlap/lift_tensor_other_seed")
         runs.add_row(
             row["label"] if row["status"] == "finished" else f"{row['label']} ({row['status']})",
             str(row["seed"]),
-            "" if before is None or after is None else f"{before:.3f} -> {after:.3f}",
+            _score(row["score_before"], row["score_after"]),
             percent(last.get("sparsity/bitwise")),
             percent(last.get("sparsity/abs_1e-05")),
             "" if lift is None else f"{lift:.2f}",
         )
     return runs
+
+
+def _score(before: float | None, after: float | None) -> str:
+    """Both scores as far as they are known; of runs made elsewhere often only the last is."""
+    if before is None:
+        return "" if after is None else f"{after:.3f}"
+    return f"{before:.3f} ->" if after is None else f"{before:.3f} -> {after:.3f}"
 
 
 def _cells(trials: Iterable[Row]) -> Table:

@@ -226,8 +226,13 @@ def _note(question: str, claims: Sequence[dict[str, Any]]) -> str:
 
 
 def _params(trial: Trial) -> dict[str, str]:
-    """The resolved configuration, flat, and the level of every factor, as MLflow holds them."""
+    """The resolved configuration, flat, and the level of every factor, as MLflow holds them.
+
+    A control has the levels of the cell that it varies: ``role`` and ``control`` (none for runs
+    that are no control) keep it apart where runs are grouped by level.
+    """
     params = {**dict(_flat(trial.config.model_dump(mode="json"))), "replicate": trial.replicate}
+    params |= {"role": trial.role, "control": trial.control or "none"}
     params |= {f"factor.{path}": level for path, level in trial.cell.items()}
     return {key: str(value)[:6000] for key, value in params.items()}
 

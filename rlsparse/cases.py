@@ -9,19 +9,21 @@ import pandas as pd
 from rlsparse import statistics
 from rlsparse.claim_config import Claim, OverlapClaim, RecoversClaim, ReproducesClaim
 from rlsparse.claim_rules import Rule, misfit, rule
-from rlsparse.contrasts import Contrast, Evidence, Missing, Obstacle
+from rlsparse.contrasts import MORE_SEEDS, Contrast, Evidence, Missing, Obstacle
 from rlsparse.definitions import DEFINITIONS
 from rlsparse.evidence import Design, design, evidence
 from rlsparse.identity import canonical_json
 from rlsparse.observations import Observations, Response
-from rlsparse.overlap_evidence import known_nulls
+from rlsparse.overlap_evidence import STRONGER, known_nulls, left_out_pairs
 from rlsparse.responses import FAILED
 from rlsparse.selection import ENDED, FINISHED
-from rlsparse.study import StudyBase
-from rlsparse.verdict_words import NUM_NAMED, interval, number, scope
+from rlsparse.study import MIN_SEEDS, StudyBase
+from rlsparse.verdict_words import NUM_NAMED, interpolated, interval, number, scope
 
 SUPPORTED, REFUTED, UNDECIDED = "supported", "refuted", "undecided"
 RERUN = "run the missing trials"
+CONTRARY = "the interval lies beyond the margin: the runs speak against the claim"
+NOTHING = "nothing in sight: the estimate lies beyond the margin, which never refutes"
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ class Case:
             label = f" ({contrasts[index].label})" if contrasts and contrasts[index].label else ""
             level = self.rule.coverage(alpha, len(contrasts))
             row |= {
-                "statistic": f"{self.rule.statistic}{label}; t interval over seeds, Holm over "
-                f"{num_claims} claims",
+                "statistic": f"{self.rule.statistic}{label}{interpolated(self.claim.at)}; "
+                f"t interval over seeds, Holm over {num_claims} claims",
                 "margin": self.rule.margin,
                 "ci_level": level,
                 "p_value": None if np.isnan(p_value) else p_value,
@@ -106,7 +108,9 @@ class Case:
     def _verdict(self, alpha: float) -> tuple[str, str]:
         """The verdict, and why there is none."""
         if self.rule is None or self.own.obstacles:
-            return UNDECIDED, "; ".join(dict.fromkeys(one.why for one in self.own.obstacles))
+            first = [CONTRARY] if self._contrary(alpha) else []
+            whys = dict.fromkeys([*first, *(one.why for one in self.own.obstacles)])
+            return UNDECIDED, "; ".join(whys)
         verdict = decide(self.rule, self.own, alpha)
         if verdict == UNDECIDED:
             return verdict, _across(self.rule, self.own.contrasts, alpha)
@@ -123,11 +127,13 @@ class Case:
             return None
         if self.rule is None or self.own.obstacles:
             remedies = dict.fromkeys(one.remedy for one in self.own.obstacles)
+            if RERUN not in remedies and self._contrary(alpha):
+                return NOTHING
             return "; ".join(filter(None, remedies)) or None
         if why.startswith("depends on the missing"):
             return RERUN
         if self.rule.decides == "equivalent" and self._beyond():
-            return "nothing in sight: the estimate lies beyond the margin, which never refutes"
+            return NOTHING
         return self.rule.seeds_needed(self.own.contrasts, alpha)
 
     def _beyond(self) -> bool:
@@ -136,6 +142,12 @@ class Case:
         index = self.rule.decisive(self.own.contrasts)
         region = self.rule.regions(self.own.contrasts)[index]
         return region.p_outside(self.own.contrasts[index]) < 1
+
+    def _contrary(self, alpha: float) -> bool:
+        """Whether runs speak against a claim that no runs refute."""
+        if self.rule is None or self.rule.decides != "equivalent" or not self.own.contrasts:
+            return False
+        return _across(self.rule, self.own.contrasts, alpha) == CONTRARY
 
     def _recovery(self, verdict: str, alpha: float) -> str:
         """Which of its outcomes a decided claim of kind ``recovers`` has."""
@@ -204,10 +216,12 @@ def _across(rule: Rule, contrasts: Sequence[Contrast], alpha: float) -> str:
     index = rule.decisive(contrasts)
     region = rule.regions(contrasts)[index]
     level = rule.coverage(alpha, len(contrasts))
-    if rule.decides == "any" or region.p_outside(contrasts[index]) >= 1 - level:
+    if contrasts[index].error == 0 and region.nearest_edge(contrasts[index].estimate) == 0:
+        return "all seeds lie exactly on the margin"
+    if rule.decides == "any" or not region.p_outside(contrasts[index]) < 1 - level:
         return "the interval reaches across the margin"
     if rule.decides == "equivalent":
-        return "the interval lies beyond the margin: the runs speak against the claim"
+        return CONTRARY
     k = len(contrasts)
     return (
         f"one of {k} intervals lies beyond the margin, but not with coverage 1 - {alpha:.3g} / {k}"
@@ -237,16 +251,29 @@ def make_case(seen: Observations, claim: Claim, *, allow_missing: bool) -> Case:
         return evidence(seen, claim, response, found, its_rule.scale, missing)
 
     own, lost = read(claim, response), _lost(selected, response)
+    if lost:
+        own = own._replace(obstacles=_completed(own.obstacles, selected))
     if lost and not allow_missing:
         refused = Obstacle(f"{lost}; --allow-missing judges the complete cases", RERUN)
         own = own._replace(obstacles=(refused, *own.obstacles))
         return Case(seen.study, claim, response, selected, its_rule, own, {}, lost=lost)
     bounds: tuple[Evidence, ...] = ()
-    if lost and not own.obstacles and not isinstance(claim, OverlapClaim):
+    if lost and isinstance(claim, OverlapClaim):
+        lost = f"{lost}: {left_out_pairs(seen, claim, found.pairs)}"
+    elif lost and not own.obstacles:
         bounds = tuple(read(claim, response, end) for end in (Missing.LOW, Missing.HIGH))
     others = _alternatives(seen, claim, response, found) if own.contrasts else {}
     alternatives = {name: read(*other) for name, other in others.items()}
     return Case(seen.study, claim, response, selected, its_rule, own, alternatives, bounds, lost)
+
+
+def _completed(obstacles: Sequence[Obstacle], selected: pd.DataFrame) -> tuple[Obstacle, ...]:
+    """Obstacles of a claim that lacks runs: where all planned seeds would do, no more are asked."""
+    enough = selected["seed"].nunique() >= MIN_SEEDS
+    return tuple(
+        one._replace(remedy=RERUN) if enough and one.remedy == MORE_SEEDS else one
+        for one in obstacles
+    )
 
 
 def _lost(selected: pd.DataFrame, response: Response) -> str:
@@ -263,11 +290,11 @@ def _alternatives(
 ) -> dict[str, tuple[Claim, Response]]:
     """What the claim could have named instead: definitions and views, or nulls, by name."""
     if isinstance(claim, OverlapClaim):
-        nulls = known_nulls(seen, claim, response, found.pairs)
+        stronger = set.intersection(*(set(STRONGER[null]) for null in claim.nulls))
         return {
             null: (claim.model_copy(update={"null": null}), response)
-            for null in nulls
-            if (null,) != claim.nulls
+            for null in known_nulls(seen, claim, response, found.pairs)
+            if null in stronger and null not in claim.nulls
         }
     if response.kind != "sparsity":
         return {}

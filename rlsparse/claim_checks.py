@@ -1,15 +1,18 @@
 """Finds in a study, before any training, what would leave its claims undecided after it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rlsparse.claim_config import (
     AssociatedClaim,
     Claim,
     EquivalentClaim,
+    ExactClaim,
     InteractionClaim,
     MonotoneClaim,
     OverlapClaim,
+    ReproducesClaim,
+    WithinClaim,
 )
 from rlsparse.definitions import DEFINITIONS, MODULES, VIEWS
 from rlsparse.errors import nearest
@@ -26,6 +29,7 @@ _MEASURED = (
     *(f"sparsity.{name}" for name in DEFINITIONS),
 )
 _RESPONSES = (*_MEASURED, "identical_replicates", "overlap.bitwise")
+_FRACTIONS = ("sparsity", "score_after", "failed", "identical_replicates")
 _COLUMNS = ("role", "control", "replicate")
 _NOWHERE = object()
 
@@ -37,6 +41,13 @@ class _Planned(NamedTuple):
     control: str | None
     replicate: int
     config: dict[str, Any]
+    cell: dict[str, str]
+    steps: tuple[int, ...]
+
+    def matches(self, selector: Mapping[str, object], varied: str) -> bool:
+        """Whether a claim's selector names it."""
+        is_asked = self.role not in left_out(selector, varied)
+        return is_asked and all(self.value(path) == value for path, value in selector.items())
 
     def value(self, path: str) -> Any:
         """What it has at a selector's path; ``_NOWHERE`` if it has no such path."""
@@ -55,6 +66,11 @@ def config_of(trial: Trial | PairRun) -> dict[str, Any]:
     return trial.config if isinstance(trial, PairRun) else trial.config.model_dump(mode="json")
 
 
+def _steps(trial: Trial | PairRun) -> tuple[int, ...]:
+    """Steps of its snapshots."""
+    return trial.steps if isinstance(trial, PairRun) else trial.config.snapshot_steps
+
+
 def paths(trials: Sequence[Trial | PairRun]) -> list[str]:
     """Dotted paths of all fields that any trial has."""
     return sorted({path for trial in trials for path in paths_of(config_of(trial))})
@@ -66,7 +82,9 @@ def check_claims(study: StudyBase, trials: Sequence[Trial | PairRun]) -> None:
     Raises:
         StudyError: a claim names what is not there; with the nearest name.
     """
-    planned = [_Planned(t.role, t.control, t.replicate, config_of(t)) for t in trials]
+    planned = [
+        _Planned(t.role, t.control, t.replicate, config_of(t), t.cell, _steps(t)) for t in trials
+    ]
     for index, pair in enumerate(study.interactions):
         for factor in pair:
             _check_factor(study, "interactions", factor, ("interactions", index))
@@ -79,6 +97,15 @@ def check_claims(study: StudyBase, trials: Sequence[Trial | PairRun]) -> None:
         _check_response(claim, claim.response, _RESPONSES, (*here, "response"))
         if isinstance(claim, AssociatedClaim):
             _check_response(claim, claim.on, _MEASURED, (*here, "on"))
+            on, response = (
+                (name, view or study.default_view)
+                for name, _, view in (text.partition("@") for text in (claim.on, claim.response))
+            )
+            if on == response:
+                raise StudyError(
+                    f"claims: {claim.id}: {claim.on} is the response itself, which any runs "
+                    "support; name another response"
+                ).at(*here, "on")
         if isinstance(claim, EquivalentClaim | MonotoneClaim | InteractionClaim):
             _check_factor(study, f"claims: {claim.id}", claim.factor, (*here, "factor"))
         if isinstance(claim, InteractionClaim):
@@ -90,6 +117,8 @@ def check_claims(study: StudyBase, trials: Sequence[Trial | PairRun]) -> None:
         if isinstance(claim, OverlapClaim):
             _check_overlap(study, claim, planned, here)
         _check_sides(claim, planned, here)
+        _check_numbers(claim, here)
+        _check_varied(claim, planned, here)
 
 
 def _check_response(claim: Claim, response: str, known: Sequence[str], place: Location) -> None:
@@ -141,12 +170,62 @@ def _check_sides(claim: Claim, planned: Sequence[_Planned], here: Location) -> N
         given = {"where": claim.where} | {side: getattr(claim, side)}
         for field, path, value in ((f, p, v) for f, of in given.items() for p, v in of.items()):
             _check_selector(claim.id, path, value, planned, (*here, field, path))
-        hidden = left_out(selector, claim.varied)
-        if not any(
-            trial.role not in hidden and all(trial.value(k) == v for k, v in selector.items())
-            for trial in planned
-        ):
+        selected = [trial for trial in planned if trial.matches(selector, claim.varied)]
+        if not selected:
             raise StudyError(f"claims: {claim.id}: no planned trial has {selector}").at(*here, side)
+        there = sorted({step for trial in selected for step in trial.steps})
+        if claim.at is not None and claim.at.step is not None and claim.at.step not in there:
+            raise StudyError(
+                f"claims: {claim.id}: no selected trial has a snapshot at step {claim.at.step}; "
+                f"there: {', '.join(map(str, there))}; further ones: probe.snapshots"
+            ).at(*here, "at", "step")
+
+
+def _check_numbers(claim: Claim, here: Location) -> None:
+    """Bounds in their order, and fractions between 0 and 1."""
+    if isinstance(claim, WithinClaim):
+        if claim.low >= claim.high:
+            raise StudyError(
+                f"claims: {claim.id}: low {claim.low:g} must be below high {claim.high:g}"
+            ).at(*here, "low")
+        name, value = "low", max(claim.low, 0.0)
+    elif isinstance(claim, ReproducesClaim | ExactClaim):
+        name, value = "value", claim.value
+    else:
+        return
+    kind = claim.response.partition("@")[0].partition(".")[0]
+    if kind in _FRACTIONS and not 0 <= value <= 1:
+        raise StudyError(
+            f"claims: {claim.id}: {name} {value:g} of {claim.response} is a fraction between 0 and "
+            "1, not a percentage"
+        ).at(*here, name)
+
+
+def _check_varied(claim: Claim, planned: Sequence[_Planned], here: Location) -> None:
+    """A claim's ``where`` must not fix what the claim is to compare."""
+    if isinstance(claim, OverlapClaim):
+        paths_compared = [canonical_path(claim.between)]
+    elif isinstance(claim, InteractionClaim):
+        paths_compared = [claim.factor, claim.by]
+    elif isinstance(claim, EquivalentClaim | MonotoneClaim):
+        paths_compared = [claim.factor]
+    else:
+        return
+    selected = [trial for trial in planned if trial.matches(claim.where, claim.varied)]
+    for path in paths_compared:
+        fixed = [one for one in claim.where if _is_part(one, path)]
+        levels = {trial.cell.get(path, str(trial.value(path))) for trial in selected}
+        if fixed and len(levels) < 2:
+            raise StudyError(
+                f"claims: {claim.id}: where fixes {path}, in which the claim compares runs; leave "
+                f"{fixed[0]} out of where"
+            ).at(*here, "where", fixed[0])
+
+
+def _is_part(path: str, factor: str) -> bool:
+    """Whether a selector's path lies inside or around a factor, or is its algorithm or task."""
+    named = canonical_path(path)
+    return touches(named, factor) or touches(named, canonical_path(factor))
 
 
 def _check_selector(

@@ -28,9 +28,10 @@ _Nulls = Annotated[
 class At(Config):
     """Where along training runs are compared; the last snapshot when absent.
 
-    ``step``: the snapshot of that step. ``score`` and ``kl``: density is interpolated between
-    snapshots where the held-out score, or the KL divergence to the base, first reaches this value;
-    ``common`` is the highest one that both runs of a matched pair reach.
+    ``step``: the snapshot of that step. ``score`` and ``kl``: the logarithm of density is
+    interpolated linearly between snapshots where the held-out score, or the KL divergence to the
+    base, first reaches this value; ``common`` is the highest one that both runs of a matched pair
+    reach.
     """
 
     step: int | None = Field(None, ge=1)
@@ -54,7 +55,9 @@ class ClaimBase(Config):
     ``replicate``; controls and surrogates are left out unless asked for, see ``study.left_out``.
     """
 
-    id: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    id: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9-]*$", description="lower-case letters, digits and hyphens"
+    )
     source: str = ""
     response: str = "sparsity.bitwise"
     where: dict[str, Scalar] = Field(default_factory=dict)

@@ -61,14 +61,20 @@ _WORDS = {
 
 
 class Region(NamedTuple):
-    """Where a contrast should lie, on the scale of its test; below ``fails_below`` it does not."""
+    """Where a contrast should lie, on the scale of its test; below ``fails_below`` it does not.
+
+    ``closed``: the edges are part of it, which matters to contrasts without any spread.
+    """
 
     low: float = -np.inf
     high: float = np.inf
     fails_below: float | None = None
+    closed: bool = False
 
     def p_inside(self, contrast: Contrast) -> float:
         """The level at which the interval would just lie inside."""
+        if self.closed and contrast.error == 0 and self.low <= contrast.estimate <= self.high:
+            return 0.0
         if not self.low < contrast.estimate < self.high:
             return 1.0
         edges = [edge for edge in (self.low, self.high) if np.isfinite(edge)]
@@ -220,7 +226,7 @@ def _mean(claim: WithinClaim | ReproducesClaim, response: Response, scale: Scale
     elif scale == "log":
         with np.errstate(divide="ignore"):
             edges = np.log(np.maximum(edges, 0.0))
-    region = Region(float(edges[0]), float(edges[1]))
+    region = Region(float(edges[0]), float(edges[1]), closed=True)
     named = f"mean of {response.name}"
     return Rule(scale, _MEANS[scale], named, said, region, region, margin=margin)
 

@@ -11,7 +11,8 @@ registered ones among themselves, so that adding claims later changes no registe
 
 Missing runs: a claim about runs that did not finish is undecided. If they are allowed to be
 missing, the seeds that are complete decide, unless the verdict changes when each missing value is
-replaced by the smallest or the largest one seen on its side.
+replaced by the smallest or the largest one seen on its side. Overlaps have no such worst case:
+there only seeds enter whose runs all finished.
 
 ``p_floor`` is what an exact sign-flip test could reach at best with so many seeds; a p value below
 it leans on the t distribution.
@@ -63,7 +64,7 @@ def judge(
         differences for contrasts, lifts for overlaps; of several contrasts, those of the one that
         the verdict hangs on. ``num_runs`` counts the units: seeds, or runs for ``exact``.
         ``depends_on_definition`` is whether any of ``alternatives`` has another verdict: other
-        definitions and views, or other nulls; null where there are none.
+        definitions and views, or stronger nulls; null where there are none.
     """
     seen = observe(study, trials, steps, changes, overlaps)
     status = {claim.id: registered.get(claim.id, "post hoc") for claim in study.claims}

@@ -21,6 +21,7 @@ from rlsparse.patch import PATCH_FILE
 from rlsparse.patch.side import open_side
 
 MASK_SUFFIX = ".mask.safetensors"
+_OF_TRIAL = ("snapshots", "steps.parquet", "summary.json")
 
 Row = dict[str, Any]
 
@@ -51,7 +52,8 @@ def compare_masks(
         come from a third of the places that has weights, where there is one.
 
     Raises:
-        ConfigError: fewer than two places, or no base to be found.
+        ConfigError: fewer than two places, no base to be found, something that holds no mask (a
+            study, a trial without snapshots, the base itself), or a view of a mask file.
         CheckpointError: something cannot be read, or is of another base.
     """
     if len(set(places)) < 2 or len(set(places)) < len(places):
@@ -60,8 +62,19 @@ def compare_masks(
             f"{', '.join(places) or 'none'}"
         )
     items = [_item(place) for place in places]
+    files = [item.label for item in items if item.mask]
+    if files and view != "stored":
+        raise ConfigError(
+            f"--view {view}: {files[0]} is a mask file, which says what changed in the stored "
+            "format alone; give its patch or checkpoint, or leave --view out"
+        )
     source = base or _base_of(places)
     opened = Checkpoint.open(source if "://" in source else resolve(ModelConfig(source=source)))
+    for item in items:
+        if item.weights in (source, str(opened.path)) or _same(item.weights, opened):
+            raise ConfigError(
+                f"{item.label} is the base itself, in which nothing changed; leave it out"
+            )
     rows: list[Row] = []
     for item in items:
         rows += _mask_rows(item, opened, view)
@@ -88,8 +101,28 @@ def _item(place: str) -> _Item:
     path = Path(place)
     if place.endswith(MASK_SUFFIX):
         return _Item(place, path, None)
-    snapshots = sorted(path.glob(f"snapshots/*/{PATCH_FILE}")) if path.is_dir() else []
-    return _Item(place, None, str(snapshots[-1]) if snapshots else place)
+    patch = last_snapshot(place)
+    if patch is None and (path / "trials").is_dir():
+        raise ConfigError(
+            f"{place} is the folder of a study; give those of its trials: {path / 'trials'}/ID"
+        )
+    if patch is None and any((path / name).exists() for name in _OF_TRIAL):
+        raise ConfigError(
+            f"{place} is the folder of a trial without any snapshot; run the trial, or leave it out"
+        )
+    return _Item(place, None, str(patch or place))
+
+
+def last_snapshot(place: str) -> Path | None:
+    """The patch that stands for the folder of a trial: its last; None where there is none."""
+    return max(Path(place).glob(f"snapshots/*/{PATCH_FILE}"), default=None)
+
+
+def _same(weights: str | None, base: Checkpoint) -> bool:
+    """Whether weights lie where the base does."""
+    if weights is None or "://" in weights or "://" in str(base.path):
+        return False
+    return Path(weights).resolve() == Path(base.path).resolve()
 
 
 def _origin(item: _Item, items: Sequence[_Item]) -> int:

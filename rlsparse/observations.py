@@ -80,6 +80,7 @@ class Observations:
         overlap_rows: (definition, view, trial, step, trial, step, module, tensor) -> row of
             ``overlap_counts``.
         overlap_counts: columns of table ``overlaps``.
+        update_size_of: another one: the run whose update sizes the null of that name uses.
         first_change: by trial, step of the first snapshot with a changed weight.
         views: that were measured.
         controls: result of ``selection.control_pairs``.
@@ -94,6 +95,7 @@ class Observations:
     frames: dict[str, pd.DataFrame]
     overlap_rows: dict[tuple[object, ...], int]
     overlap_counts: dict[str, Floats]
+    update_size_of: list[str | None]
     first_change: dict[str, float]
     views: tuple[str, ...]
     controls: list[selection.Pair]
@@ -187,9 +189,10 @@ def observe(
         {"": frame.iloc[:0], **{str(name): rows for name, rows in frame.groupby("trial_id")}},
         _overlap_rows(pairs),
         {name: _floats(pairs, name) for name in _COUNTS},
+        pairs["update_size_of"].to_pylist(),
         {str(name): float(step.min()) for name, step in changed.groupby(bitwise["trial_id"])},
         tuple(sorted(changes["view"].unique().to_pylist())),
-        selection.control_pairs(runs),
+        selection.control_pairs(study, runs),
     )
 
 

@@ -20,6 +20,18 @@ from rlsparse.study import MIN_SEEDS, SURROGATES
 
 MAX_OVERLAP_DENSITY = 0.5
 
+STRONGER: dict[Null, tuple[Null, ...]] = {
+    "uniform": ("tensor", "magnitude", "update_size", "margins"),
+    "tensor": ("magnitude", "update_size", "margins"),
+    "magnitude": ("update_size",),
+    "update_size": (),
+    "margins": (),
+    "surrogate": ("magnitude", "update_size"),
+}
+"""Null -> those that hold fixed what it does and more, see ``definitions.NULLS``; a claim decided
+under it is compared with these. ``surrogate`` holds fixed other things, and is compared with the
+two that account for most."""
+
 Ends = tuple[Any, Any]
 """Two runs as dictionaries, rows of ``Observations.by_id``."""
 
@@ -33,9 +45,20 @@ class _Lacking(Exception):
 
 
 def overlap_pairs(seen: Observations, claim: OverlapClaim) -> list[Ends]:
-    """Finished runs that differ in what the claim says alone."""
+    """Runs that differ in what the claim says alone, of the seeds whose runs all finished."""
     runs = seen.sides(claim)["where"]
-    return selection.run_pairs(runs[runs["status"] == "finished"], claim.between)
+    incomplete = set(runs.loc[runs["status"] != "finished", "seed"])
+    return selection.run_pairs(runs[~runs["seed"].isin(incomplete)], claim.between)
+
+
+def left_out_pairs(seen: Observations, claim: OverlapClaim, pairs: Sequence[Ends]) -> str:
+    """What missing runs cost: pairs beside those of ``overlap_pairs``, and any worst case."""
+    runs = seen.sides(claim)["where"].assign(status="finished")  # as if all had
+    planned = len(selection.run_pairs(runs, claim.between))
+    return (
+        f"{planned - len(pairs)} of {planned} pairs left out, as only seeds whose runs all "
+        "finished enter; no worst case is computed for overlaps"
+    )
 
 
 def overlap_evidence(
@@ -53,7 +76,7 @@ def overlap_evidence(
         pairs: result of ``overlap_pairs``.
     """
     if not pairs:
-        why = f"no two finished runs differ in {claim.between} alone"
+        why = f"no two finished runs, of seeds that are complete, differ in {claim.between} alone"
         return Evidence(obstacles=(Obstacle(why, f"runs that differ in {claim.between}"),))
     bases = [{seen.settings[run["trial_id"]].base for run in ends} - {None} for ends in pairs]
     if any(len(base) > 1 for base in bases):
@@ -71,7 +94,11 @@ def overlap_evidence(
         }
     except _Lacking as lacking:
         return Evidence(obstacles=(lacking.obstacle,))
-    lifts = [f"{n} {np.exp(e.mean()):.3g}" for n, e in excess.items() if not np.isnan(e).any()]
+    known = {null: e for null, e in (excess | named).items() if not np.isnan(e).any()}
+    lifts = [f"{null} {np.exp(e.mean()):.3g}" for null, e in known.items()]
+    served = _served(seen, rows, pairs) if "update_size" in known else ""
+    if served:
+        lifts.append(f"update sizes of {served}")
     remark = (
         f"null {', '.join(claim.nulls)}; lift over {len(pairs)} pairs by null: {', '.join(lifts)}"
     )
@@ -104,8 +131,28 @@ def _row(seen: Observations, claim: OverlapClaim, response: Response, a: Any, b:
         part = claim.tensor or claim.module
         of_part = f" in {part}" if part else ""
         why = f"table overlaps lacks the pair {ends[0]}, {ends[1]}{of_part}"
-        raise _Lacking(why, "snapshots of all these runs there, in this view")
+        also = f", of a model that has {part}" if part else ""
+        raise _Lacking(why, f"snapshots of all these runs there, in this view{also}")
     return seen.overlap_rows[key]
+
+
+def _served(seen: Observations, rows: np.ndarray, pairs: Sequence[Ends]) -> str:
+    """The runs whose update sizes the null of that name holds fixed, and what they are."""
+    compared = {_algorithm(run) for ends in pairs for run in ends}
+    kinds: dict[str, list[str]] = {}
+    for trial in sorted({str(seen.update_size_of[row]) for row in rows} & seen.by_id.keys()):
+        run = seen.by_id[trial]
+        kind = "real runs of another algorithm"
+        if _is_surrogate(run):
+            kind = "surrogates"
+        elif _algorithm(run) in compared:
+            kind = "real runs of the same algorithm"
+        kinds.setdefault(kind, []).append(f"s{run['seed']}")
+    return ", ".join(f"{kind} ({' '.join(sorted(runs))})" for kind, runs in kinds.items())
+
+
+def _algorithm(run: Any) -> str:
+    return str(next(iter(selection.value_at(run, "algorithm.name")), "unknown"))
 
 
 def _excess(seen: Observations, rows: np.ndarray, null: str) -> Floats:

@@ -5,6 +5,7 @@ Seeds are the units: runs of the same seed share prompts and data order.
 
 import itertools
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from rlsparse.study import StudyBase, left_out
 _COLUMNS = ("role", "control", "seed", "replicate")
 FINISHED = ("finished",)
 ENDED = ("finished", "failed")
+_RATE = "train.learning_rate"
 
 
 class Pair(NamedTuple):
@@ -166,10 +168,27 @@ def factor_pairs(
     return matched_pairs(runs[at == level], runs[at == reference], statuses=statuses)
 
 
-def control_pairs(runs: pd.DataFrame, statuses: Collection[str] = FINISHED) -> list[Pair]:
-    """Matched pairs of the lr_times_3 controls (a) and the runs that they vary (b)."""
+def control_pairs(
+    study: StudyBase, runs: pd.DataFrame, statuses: Collection[str] = FINISHED
+) -> list[Pair]:
+    """Matched pairs of the lr_times_3 controls (a) and the runs that they vary (b).
+
+    A control whose learning rate is a level of the grid is no run of its own: there the runs at
+    three times the rate of the baseline serve, or, where they are not in the grid, of any cell.
+    """
     plain = runs[_asked(runs, ())]
-    return matched_pairs(runs[runs["control"] == "lr_times_3"], plain, statuses=statuses)
+    controls = runs[runs["control"] == "lr_times_3"]
+    if len(controls) or "lr_times_3" not in study.controls:
+        return matched_pairs(controls, plain, statuses=statuses)
+    pairs = matched_pairs(plain, plain, [_RATE], tags_of(_RATE), statuses)
+    rates = {row["trial_id"]: value_at(row, _RATE) for row in plain.to_dict("records")}
+    threefold = [p for p in pairs if rates[p.b] and _is_threefold(*rates[p.a], *rates[p.b])]
+    baseline = set(plain.loc[plain["role"] == "baseline", "trial_id"])
+    return [pair for pair in threefold if pair.b in baseline] or threefold
+
+
+def _is_threefold(rate: float, of: float) -> bool:
+    return of > 0 and math.isclose(rate, 3 * of, rel_tol=1e-9)
 
 
 def having(runs: pd.DataFrame, factor: str) -> pd.DataFrame:
@@ -200,7 +219,7 @@ def contrasts(
             for pairs in [factor_pairs(plain, factor, level, reference, statuses)]
         ]
     if "lr_times_3" in study.controls:
-        pairs = control_pairs(runs, statuses)
+        pairs = control_pairs(study, runs, statuses)
         found["control.lr_times_3"] = [Contrast("lr_times_3", "none", {"{}": pairs})]
     return found
 

@@ -1,5 +1,6 @@
 """The base of all configuration classes, their unions, and what to say where a value fits none."""
 
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -93,6 +94,15 @@ def _key_of(error: Mapping[str, Any]) -> str:
     return str(error["ctx"]["discriminator"]).strip("'")
 
 
+def _quoted(text: str) -> list[str]:
+    """The words of pydantic's list of what is expected: 'a', 'b' or 'c'."""
+    return re.findall(r"'([^']*)'", text)
+
+
+def _items(count: int) -> str:
+    return f"{count} item{'s' if count > 1 else ''}"
+
+
 def explain(root: type[BaseModel], value: Any, error: Mapping[str, Any]) -> str:
     """One of pydantic's errors on ``value`` in a line: where, what, what is allowed, what it is.
 
@@ -107,6 +117,10 @@ def explain(root: type[BaseModel], value: Any, error: Mapping[str, Any]) -> str:
     members = sorted(filter(None, map(tag_of, models_at(root, error["loc"]))))
     if kind == "union_tag_invalid":
         return f"unknown {name} {error['ctx']['tag']}; {nearest(error['ctx']['tag'], members)}"
+    if kind == "literal_error" and isinstance(given, str):
+        return f"unknown {name} {given}; {nearest(given, _quoted(error['ctx']['expected']))}"
+    if kind == "missing" and isinstance(error["loc"][-1], int):
+        return f"{name}: must have {error['loc'][-1] + 1} or more items"
     message = error["msg"].removeprefix("Value error, ")
     if kind == "union_tag_not_found":
         message = f"{_key_of(error)} is missing; known: {', '.join(members)}"
@@ -117,6 +131,10 @@ def explain(root: type[BaseModel], value: Any, error: Mapping[str, Any]) -> str:
         *outer, field = error["loc"]
         described = [m.model_fields[str(field)].description for m in models_at(root, outer)]
         message = f"must be {described[0]} (got {given!r})"
+    elif kind == "too_short":
+        message = f"must have at least {_items(error['ctx']['min_length'])} (got {given!r})"
+    elif kind == "too_long":
+        message = f"must have at most {_items(error['ctx']['max_length'])} (got {given!r})"
     elif kind not in ("missing", "value_error"):
         message += f" (got {given!r})"
     return f"{name}: {message}" if name else message

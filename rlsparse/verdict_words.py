@@ -41,6 +41,13 @@ def place(at: At | None) -> str:
     return f"at equal {label}" if value == "common" else f"at {label} {value:g}"
 
 
+def interpolated(at: At | None) -> str:
+    """How density is read where runs are compared at a score or KL, in words, or ""."""
+    if at is None or at.step is not None:
+        return ""
+    return f", {place(at)}, log density interpolated linearly"
+
+
 def interval(estimate: float, low: float, high: float) -> str:
     """An estimate with its interval; without the latter where that is not known."""
     if math.isnan(low) or math.isnan(high):

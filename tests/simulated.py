@@ -33,6 +33,15 @@ KL, CLIP = "algorithm.kl_coef", "train.max_grad_norm"
 NUM_WEIGHTS = 10**9
 NUM_STEPS = 20
 NUM_BOTH = 10**7
+BATCH = 500
+"""Studies that share their tables."""
+COPIES = 50
+SEEDS, RUN = 0.5, 0.15
+"""Spread, in log odds, of what the runs of a seed share and of what each has alone."""
+TWO = {KL: [0.0, 0.04]}
+SPARSITY = "sparsity.bitwise@stored"
+SPREADS = {"runs": (0.1, 0.05, 0.1), "seeds": (0.2, 0.0, 0.02), "pairs": (0.0, 0.0, 0.1)}
+"""Of log excess: what runs of a seed share, what each has alone, what a pair has alone."""
 NOTHING = [SCHEMAS[name].empty_table() for name in ("trials", "steps", "changes", "overlaps")]
 _, NO_STEPS, NO_CHANGES, NO_OVERLAPS = NOTHING
 
@@ -67,6 +76,13 @@ class Plan:
         """Normal effects that each pair of runs has alone, [num, P]."""
         found: np.ndarray = rng.normal(0, spread, (num, self.pairs().shape[1]))
         return found
+
+    def excess(self, rng: np.random.Generator, num: int, spreads: str) -> np.ndarray:
+        """Log excess of pairs, [num, P]: what both runs have, added, and noise; see ``SPREADS``."""
+        seed, run, pair = SPREADS[spreads]
+        a, b = self.pairs()
+        alone = self.by_seed(rng, num, seed) + self.noise(rng, num, run)
+        return alone[:, a] + alone[:, b] + self.pair_noise(rng, num, pair)
 
     def pairs(self) -> np.ndarray:
         """Places of the runs of all pairs, [2, P]."""
@@ -200,6 +216,9 @@ def claim(kind: str, **fields: object) -> Claim:
     return found
 
 
+GREATER = claim("greater", a={KL: 0.04}, b={KL: 0.0})
+
+
 class Studies:
     """Studies of one plan, by view, for which ``judge`` indexes tables only once.
 
@@ -267,3 +286,27 @@ def verdicts(
 def only_bitwise() -> AbstractContextManager[object]:
     """Claims are judged under one definition only."""
     return mock.patch.object(cases, "DEFINITIONS", ("bitwise",))
+
+
+# --- what is asserted --------------------------------------------------------------------------
+
+
+def recovered(estimates: pd.Series, truth: float) -> None:
+    """The estimates have the right mean."""
+    assert abs(estimates.mean() - truth) < 4 * estimates.std() / np.sqrt(estimates.size)
+
+
+def at_most(hits: pd.Series | np.ndarray, limit: float) -> None:
+    """The rate of hits does not exceed the limit."""
+    assert np.mean(hits) <= limit + 3 * np.sqrt(limit * (1 - limit) / hits.size)
+
+
+def coverage(rows: pd.DataFrame, truth: float) -> float:
+    """Share of intervals that hold the truth."""
+    return float(((rows["ci_low"] <= truth) & (truth <= rows["ci_high"])).mean())
+
+
+def is_valid(p_values: pd.Series) -> None:
+    """P(p <= a) <= a."""
+    for level in (0.05, 0.125, 0.25):
+        at_most(p_values <= level, level)

@@ -134,7 +134,49 @@ def test_overlap_claims_say_how_many_runs_are_missing() -> None:
     assert (row["verdict"], "1 of 6 runs are missing" in str(row["note"])) == ("undecided", True)
     (row,) = judge(study, overlaps=table, failed=lost, allow_missing=True)
     assert (row["verdict"], row["num_runs"]) == ("supported", 5)
-    assert str(row["note"]).startswith("1 of 6 runs are missing (failed 1); null magnitude")
+    assert str(row["note"]).startswith(
+        "1 of 6 runs are missing (failed 1): 5 of 15 pairs left out, as only seeds whose runs all "
+        "finished enter; no worst case is computed for overlaps; null magnitude"
+    )
+
+
+def test_overlap_claims_leave_out_seeds_that_are_incomplete() -> None:
+    """Seeds 0, 1 and 2 lose one of four runs each; their other runs would pair with all."""
+    study = study_of({**ABOVE, "where": {}}, seeds=SIX)
+    table = overlaps_of(study, noisy(1.5))
+
+    def lost(trial: Trial) -> bool:
+        return trial.config.seed < 3 and bool(kl(trial)) and trial.cell != {} and clips(trial)
+
+    (row,) = judge(study, overlaps=table, failed=lost, allow_missing=True)
+    assert (row["verdict"], row["num_runs"]) == ("undecided", 3)
+    assert "3 seeds with pairs, 4 are needed" in str(row["note"])
+    assert "48 of 60 pairs left out" in str(row["note"])  # 4 cells x (15 - 3)
+    assert row["would_decide"] == "run the missing trials"
+    first = lambda t: lost(t) and t.config.seed == 0  # noqa: E731
+    (row,) = judge(study, overlaps=table, failed=first, allow_missing=True)
+    assert (row["verdict"], row["num_runs"]) == ("supported", 5)
+    assert "lift over 40 pairs" in str(row["note"])
+
+
+def clips(trial: Trial) -> bool:
+    return trial.config.train.max_grad_norm is not None
+
+
+def test_more_seeds_are_not_asked_for_where_missing_ones_would_do() -> None:
+    lost = lambda t: t.config.seed == 2 and t.control is None  # noqa: E731
+    for allowed in (False, True):
+        row = one(CLIPPED, clip_lowers, failed=lost, allow_missing=allowed)
+        assert row["would_decide"] == "run the missing trials"
+    row = one(CLIPPED, clip_lowers, failed=lost, seeds=[0, 1, 2])
+    assert row["would_decide"] == "run the missing trials; more seeds: 4 are needed"
+
+
+def test_a_share_exactly_on_its_bound_is_inside() -> None:
+    row = one(within(0.0, 0.1, response="failed"))
+    assert (row["verdict"], row["estimate"], row["ci_high"]) == ("supported", 0.0, 0.0)
+    row = one({"kind": "reproduces", "response": "failed", "value": 0.0, "margin": 0.1})
+    assert row["verdict"] == "supported"
 
 
 def test_failures_are_a_response_themselves() -> None:
@@ -175,9 +217,14 @@ def test_other_nulls_are_alternatives() -> None:
     study = study_of(ABOVE)
     (row,) = judge(study, overlaps=overlaps_of(study, lambda a, b: 0.9))
     assert row["verdict"] == "refuted"
-    assert json.loads(str(row["alternatives"])) == {"uniform": "supported", "tensor": "supported"}
+    assert row["alternatives"] == "{}"  # magnitude is the strongest null there
+    assert row["depends_on_definition"] is None
+    weaker = study_of({**ABOVE, "null": "uniform"})
+    (row,) = judge(weaker, overlaps=overlaps_of(weaker, lambda a, b: 0.9))
+    assert row["verdict"] == "supported"
+    assert json.loads(str(row["alternatives"])) == {"tensor": "supported", "magnitude": "refuted"}
     assert row["depends_on_definition"] is True
-    assert "depends on the null: supported under uniform, tensor" in str(row["note"])
+    assert "depends on the null: refuted under magnitude" in str(row["note"])
 
 
 # --- words -------------------------------------------------------------------------------------
@@ -201,6 +248,7 @@ def test_the_outcome_is_a_sentence_with_scope() -> None:
     )
     row = one({**CLIPPED, "at": {"score": "common"}}, clip_lowers)
     assert "20 steps, bf16-mixed, at equal score, view stored;" in str(row["outcome"])
+    assert ", at equal score, log density interpolated linearly; t int" in str(row["statistic"])
     row = one({"kind": "exact", "where": {"control": "lr_zero"}})
     assert str(row["outcome"]).startswith(
         "supported: sparsity.bitwise@stored is 1 in 1 of 1 runs (base tiny"

@@ -75,6 +75,15 @@ def test_a_region_that_fails_below_another_edge() -> None:
     assert beaten.p_inside(Contrast("", -0.01, 0.002, 3, 4)) == 1.0
 
 
+def test_a_value_on_an_edge_lies_inside_a_closed_region_only() -> None:
+    on, half = Contrast.of(np.zeros(4)), Contrast.of(np.array([0.0, 0.0, 0.1, -0.1]))
+    closed, opened = Region(0.0, 0.1, closed=True), Region(0.0, 0.1)
+    assert (closed.p_inside(on), closed.p_outside(on)) == (0.0, 1.0)
+    assert opened.p_inside(on) == 1.0
+    assert closed.p_inside(half) == 1.0  # its interval reaches below 0
+    assert closed.p_inside(Contrast.of(np.full(4, 0.2))) == 1.0
+
+
 def test_seeds_needed_are_enough_and_one_less_is_not() -> None:
     for seed in range(20):
         (one,) = drawn(0.3, n=4, seed=seed)

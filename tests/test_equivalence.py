@@ -113,6 +113,29 @@ def test_equivalent_needs_a_sensitive_study() -> None:
     assert "no finished lr_times_3 control" in str(row["note"])
 
 
+def test_a_level_of_the_grid_shows_the_sensitivity() -> None:
+    factors = {"algorithm.kl_coef": [0.0, 0.04], "train.learning_rate": [1e-5, 3e-5]}
+    baseline = {"algorithm": {"name": "grpo", "kl_coef": 0.0}, "train": {"num_steps": 20,
+                "learning_rate": 1e-5}}  # fmt: skip
+    given = {"factors": factors, "baseline": baseline, "controls": ["lr_times_3"]}
+
+    def faster(trial: Trial) -> float:
+        return density(trial) * (2.5 if trial.config.train.learning_rate > 2e-5 else 1.0)
+
+    assert one(KL, faster, **given)["verdict"] == "supported"
+    undecided(KL, "not sensitive: three times the learning rate moves density by 1", **given)
+    undecided(KL, "no finished lr_times_3 control", faster, **(given | {"controls": []}))
+
+
+def test_runs_that_speak_against_equivalence_are_told_first() -> None:
+    study = study_of(KL, controls=[])
+    (row,) = judge(study, lambda t: density(t) * (2 if kl(t) else 1))
+    assert str(row["note"]).startswith(
+        "the interval lies beyond the margin: the runs speak against the claim; no sign of sensi"
+    )
+    assert str(row["would_decide"]).startswith("nothing in sight")
+
+
 def test_equivalent_with_too_wide_or_contrary_an_interval() -> None:
     def wide(trial: Trial) -> float:
         return density(trial) * float(np.exp(20 * NOISE[trial.config.seed] * (kl(trial) > 0)))

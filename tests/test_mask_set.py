@@ -128,7 +128,32 @@ def test_what_is_missing_is_named(world, places, base, message):
 def test_a_damaged_config_is_named(world):
     folder = world[0]
     trial = folder / "trial"
-    (trial / "snapshots").mkdir(parents=True)
+    snapshot = trial / "snapshots" / "step-000004"
+    snapshot.mkdir(parents=True)
+    (snapshot / PATCH_FILE).touch()
     (trial / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"trial/config.json is damaged; give --base"):
         compare_masks([str(trial), str(folder / "run0")])
+
+
+def test_what_holds_no_mask_is_refused(world):
+    folder, _, masks = world
+    (folder / "study" / "trials").mkdir(parents=True)
+    (folder / "trial" / "snapshots").mkdir(parents=True)
+    own = fingerprint(Checkpoint.open(folder / "base"))
+    file = folder / "some.mask.safetensors"
+    write_masks(file, {n: (SHAPES[n], pack(masks[0][n])) for n in SHAPES}, own)
+    cases = {
+        "study": (
+            "is the folder of a study; give those of its trials: .*study/trials/ID",
+            "stored",
+        ),
+        "trial": ("trial is the folder of a trial without any snapshot", "stored"),
+        "base": ("base is the base itself, in which nothing changed", "stored"),
+        "some.mask.safetensors": ("--view bf16: .* is a mask file", "bf16"),
+    }
+    for place, (message, view) in cases.items():
+        with pytest.raises(ConfigError, match=message):
+            compare_masks(
+                [str(folder / "run0"), str(folder / place)], base=str(folder / "base"), view=view
+            )

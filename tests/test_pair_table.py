@@ -220,7 +220,7 @@ def test_files_that_are_wrong(tmp_path, csv, message):
         ("algorithm: sft}\nc", "algorithm: dpo}\nc", 5, "reference: algorithm dpo is no level of"),
         ("{algorithm: sft}\nc", "{task: sums}\nc", 5, "reference: task sums is no level of a fac"),
         ("b: {algorithm: grpo}", "b: {algorithm: dpo}", 7, "no planned trial has algorithm dpo"),
-        ("views: [bf16]", "views: [bf17]", 3, "views.0: Input should be"),
+        ("views: [bf16]", "views: [bf17]", 3, "unknown views.0 bf17; did you mean bf16?"),
     ],
 )  # fmt: skip
 def test_errors_of_the_study_file(tmp_path, old, new, line, message):

@@ -27,10 +27,11 @@ from report_study import (
     make_study,
     make_tables,
     many_cells,
+    overlap_table,
     trial,
 )
 
-from rlsparse.report.formats import NOTHING, duration, number, p_value, percent
+from rlsparse.report.formats import NOTHING, duration, interval_texts, number, p_value, percent
 from rlsparse.report.overlap_rows import with_lifts
 from rlsparse.report.pairs import pairs_of
 from rlsparse.report.rows import trial_rows
@@ -108,6 +109,24 @@ def test_numbers_and_p_values():
 # --- page and JSON ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        ((1.774, 1.6960, 1.857), ("1.77", "1.70", "1.86")),
+        ((8.0, 6.05, 11.0), ("8.00", "6.05", "11.00")),
+        ((1.0064, 0.9952, 1.0177), ("1.006", "0.995", "1.018")),
+        ((0.0, -0.5, 0.5), ("0.000", "-0.500", "0.500")),
+        ((123.4, 99.96, 150.0), ("123", "100", "150")),
+        ((1e-7, -2e-7, 4e-7), ("1.00e-07", "-2.00e-07", "4.00e-07")),
+        ((0.0, 0.0, 0.0), ("0", "0", "0")),
+        ((2.0, math.inf, 4.0), ("2", "∞", "4")),
+        ((None, None, None), (NOTHING, NOTHING, NOTHING)),
+    ],
+)
+def test_an_interval_has_the_digits_of_its_estimate(values, texts):
+    assert interval_texts(*values) == texts
+
+
 def test_json_holds_the_same_rows_and_no_nan(built):
     _, data = built
     study, given = make_study(), make_tables()
@@ -151,7 +170,7 @@ def test_page_states_question_setting_verdicts_and_failures(built):
         "Gate ratio 0.17",
         "2 supported, 1 undecided, 1 refuted",
         "Scope, unless a claim says otherwise: base tiny, task chain_sum, learning rate 1e-05",
-        "supported 8 [6.05, 11]",
+        "supported 8.00 [6.05, 11.00]",
         "100 % (exact)",
         "refuted depends on the null 1.02 [0.97, 1.06] observed / expected",
         "undecided post hoc",
@@ -167,6 +186,16 @@ def test_page_states_question_setting_verdicts_and_failures(built):
         "algorithm.name grpo 88.08 % [81.76 %, 92.41 %]",
         "Command rlsparse run ablations/algorithms.yaml",
         "Git commit 685df50",
+        "Verdict Estimate Margin Seeds What was compared",
+        "Runs 4",
+        f"fraction {NOTHING} 4 runs sparsity.bitwise@stored",
+        "Interval 99 %, this claim's level in Holm's step-down procedure",
+        "Lift over magnitude",
+        "together they are no simultaneous 95 % intervals",
+        "an estimate at or below 0 means none, and is shown as 0",
+        "energy rank the rank that holds 99 % of the squared norm",
+        "over the runs of one cell of an algorithm",
+        "hollow: controls",
         "7" * 64,
         "Time, all trials 1.5 h, 1.5 min of CPU",
         "Hosts node-a, node-b",
@@ -174,6 +203,37 @@ def test_page_states_question_setting_verdicts_and_failures(built):
         "torch 2.6.0",
     ):
         assert part in text, part
+
+
+def test_the_third_runs_of_the_null_of_update_size_are_said(tmp_path):
+    task = "this null also takes away what recurs for the task's sake"
+    rows = [trial("grpo", s) for s in (0, 1)]
+    rows += [trial("grpo", s, role="surrogate", control="shuffled_reward", trial_id=f"x{s}",
+                   label=f"x{s}") for s in (0, 1)]  # fmt: skip
+    for used, surrogates, real in (
+        (["x0", "x1"], True, False),
+        (["grpo0", "grpo1"], False, True),
+        (["x0", "grpo1"], True, True),
+    ):  # fmt: skip
+        overlaps = [r | {"update_size_of": used[i % 2]} for i, r in enumerate(overlap_table(rows))]
+        text = text_of(build(tmp_path, make_tables(rows, overlaps=overlaps)))
+        assert ("Third runs: surrogates (shuffled_reward s0" in text) == surrogates
+        assert (task in text) == real
+    assert "Third runs" not in text_of(build(tmp_path))
+
+
+def test_effects_say_which_test_and_which_are_controls(tmp_path):
+    method = "matched by seed, t interval, exact sign flips"
+    rows = [effect("sft", -2.0, method=method),
+            effect("lr_times_3", -1.0, method=method, factor="control.lr_times_3")]  # fmt: skip
+    negative = TERMS[0] | {"term": "other", "omega_sq": -0.0123, "note": "balanced"}
+    page = build(tmp_path, make_tables(effects=rows, terms=[*TERMS, negative]))
+    text = text_of(page)
+    assert "sign flips 0.125 (its floor), adjusted 0.25" in text
+    assert "lr_times_3 against grpo · control, in its cell" in text
+    assert "other 2, 6 31.5 0.0007 0.0014 0 11 balanced" in text
+    terms = json.loads(page.with_name("report.json").read_text())["terms"]
+    assert [term["omega_sq"] for term in terms] == [0.83, -0.0123]
 
 
 def test_the_one_table_has_a_row_per_cell(built):
@@ -343,7 +403,7 @@ def test_the_benchmark_builds_a_report(tmp_path):
     spec = importlib.util.spec_from_file_location("bench_report", file)
     bench = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bench)
-    text = text_of(build(tmp_path, bench.make_tables(1, 2), bench.make_study(1)))
+    text = text_of(build(tmp_path, bench.make_tables(2, 2), bench.make_study(2)))
     assert "20 cells are drawn" in text
     assert "85 more cells are left out" in text
 
@@ -507,7 +567,8 @@ def test_a_level_that_is_unchecked_is_hidden_everywhere(page):
     marks = page.locator("#training svg.xy [data-c='2']")
     panel = page.locator("#where [data-some]", has=page.locator("svg[aria-label^='dpo:']"))
     effects = page.locator("#effects tr[data-some]", has_text="dpo against grpo").first
-    seen = (row.first, marks.first, panel, effects)
+    legend = page.locator("#training .legend li", has_text="dpo").first
+    seen = (row.first, marks.first, panel, effects, legend)
     assert all(one.is_visible() for one in seen)
     page.get_by_label("dpo", exact=True).uncheck()
     assert not any(one.is_visible() for one in seen)
@@ -541,7 +602,7 @@ def test_tables_are_sorted_by_their_heads(page):
     # missing values stay last, whichever way
     page.locator("#results summary", has_text="All 22 trials").click()
     trials = page.locator("#results table").last
-    lift = trials.locator("th", has_text="Lift, tensors")
+    lift = trials.locator("th", has_text="Lift over tensors")
     for _ in range(2):
         lift.get_by_role("button").click()
         shown = trials.locator("tbody tr td:nth-child(7)").all_inner_texts()

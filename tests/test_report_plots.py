@@ -144,6 +144,25 @@ def test_gain_has_a_mark_per_scored_trial():
     assert charts.gain_chart(trials[2:], series) == []
 
 
+def test_controls_have_hollow_marks_which_the_caption_explains():
+    series = series_of([cell("a"), cell("a · lr", role="control")])
+    run = {"label": "a s0", "score_before": 0.4, "score_after": 0.6, "sparsity": {"bitwise": 0.75}}
+    studied, control = (run | {"group": group} for group in ("a", "a · lr"))
+    ((caption, chart),) = charts.gain_chart([studied, control], series)
+    assert [("hollow" in m["class"]) for m in found(chart, "use", "mark")] == [False, True]
+    assert caption.endswith("; hollow: controls")
+    assert "hollow" in series.swatch("a · lr")
+    assert "hollow" not in series.swatch("a")
+    ((caption, _),) = charts.gain_chart([studied], series)
+    assert "hollow" not in caption
+
+
+def test_a_single_snapshot_has_one_tick():
+    ((_, chart),) = charts.training_charts([curve("a", 2, 0.1)], ["a"], series_of([cell("a")]))
+    texts = [t.text for t in parsed(chart).iter("text") if t.attrib["class"] == "mid"]
+    assert texts == ["2"]
+
+
 def test_the_rounding_threshold_is_at_its_power_of_two():
     series = series_of([cell("a")])
     rows = [{"group": "a", "exponent": e, "num_elements": 1000, "density": 0.5,
@@ -158,10 +177,13 @@ def test_the_rounding_threshold_is_at_its_power_of_two():
 
 
 def test_rank_histograms_stand_beside_their_nulls():
-    rows = [{"algorithm": "x", "statistic": "rank", "kind": kind, "low": 0.9, "high": 1.0,
+    rows = [{"algorithm": algorithm, "statistic": "rank", "kind": kind, "low": 0.9, "high": 1.0,
              "num_matrices": 7, "share": share}
+            for algorithm in ("y", "x")
             for kind, share in (("update", 1.0), ("null", 0.5))]  # fmt: skip
-    ((caption, chart),) = charts.rank_charts(rows)
+    series = series_of([cell("x", "x"), cell("y", "y")])
+    (caption, chart), (second, _) = charts.rank_charts(rows, series)
+    assert second == "y: rank of the updates"  # in the order of the cells, whatever that of rows
     update, null = found(chart, "rect", "bar")
     assert caption == "x: rank of the updates"
     assert float(update["height"]) == pytest.approx(2 * float(null["height"]), abs=0.02)
@@ -234,7 +256,7 @@ def test_intervals_of_effects_reach_from_end_to_end():
     (mark,) = found(made.rows[0], "use", "mark")
     ends = [float(line[k].removesuffix("%")) / 100 for k in ("x1", "x2")]
     assert place(mark) == pytest.approx(sum(ends) / 2, abs=1e-3)  # the middle on a log axis
-    assert mark["data-tip"] == "x against y\nodds ratio 2 [1, 4]\n4 seeds"
+    assert mark["data-tip"] == "x against y\nodds ratio 2.00 [1.00, 4.00]\n4 seeds"
     assert found(made.rows[1], "use") == []
 
 
@@ -243,11 +265,12 @@ def test_intervals_of_effects_reach_from_end_to_end():
 
 def test_density_is_a_share_of_the_densest_of_all():
     series = series_of([cell("a"), cell("b", "sft")])
-    rows = [{"algorithm": a, "layer": layer, "module": module, "density": d}
-            for a, layer, module, d in (("grpo", 0, "k", 0.2), ("grpo", None, "embed", 0.004),
-                                        ("sft", 0, "q", 0.4))]  # fmt: skip
+    rows = [{"algorithm": a, "group": g, "layer": layer, "module": module, "density": d}
+            for a, g, layer, module, d in (("grpo", "a", 0, "k", 0.2),
+                                           ("grpo", "a", None, "embed", 0.004),
+                                           ("sft", "b", 0, "q", 0.4))]  # fmt: skip
     (first, grpo), (second, sft) = heat_maps.density_maps(rows, series)
-    assert (first, second) == ("grpo", "sft")
+    assert (first, second) == ("a", "b")
     assert [r["fill-opacity"] for r in found(grpo, "rect")] == ["0.50", "0.03"]
     assert [r["fill-opacity"] for r in found(sft, "rect")] == ["1.00"]
     assert [t.text for t in parsed(grpo).iter("text")] == ["20", "0.4", "0", "rest", "k", "embed"]
@@ -302,7 +325,8 @@ def test_effects_by_part_are_signed():
 def test_hostile_names_are_escaped_in_every_chart():
     series = series_of([cell(HOSTILE, HOSTILE)])
     rows = [curve(HOSTILE, s, 0.1, m) for s in (1, 2) for m in ("density", "loss")]
-    density = [{"algorithm": HOSTILE, "layer": 0, "module": HOSTILE, "density": 0.2}]
+    density = [{"algorithm": HOSTILE, "group": HOSTILE, "layer": 0, "module": HOSTILE,
+                "density": 0.2}]  # fmt: skip
     made = [
         *charts.training_charts(rows, [HOSTILE], series),
         *charts.loss_charts(rows, [HOSTILE], series),

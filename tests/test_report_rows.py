@@ -22,6 +22,7 @@ from report_study import (
     overlap_table,
     trial,
 )
+from scipy import stats
 
 from rlsparse.definitions import DEFINITIONS
 from rlsparse.report.curve_rows import MAX_POINTS, curve_rows, magnitude_rows, rank_rows
@@ -33,6 +34,7 @@ from rlsparse.report.overlap_rows import (
     module_rows,
     relation_rows,
     run_matrix,
+    third_runs,
     with_lifts,
 )
 from rlsparse.report.pairs import AGAIN, module_pairs, outside_rows, pairs_of
@@ -40,6 +42,7 @@ from rlsparse.report.rows import (
     cell_rows,
     collapsed,
     density_map,
+    of_one_cell,
     short_labels,
     trial_rows,
 )
@@ -167,6 +170,24 @@ def test_density_map_is_over_the_last_snapshots_of_the_studied_runs(given, trial
         and (r["layer"], r["module"]) == (2, "down")
     ]  # fmt: skip
     assert found["sft", 2, "down"] == pytest.approx(sum(changed) / 3 / SIZE, **SMALL)
+
+
+def test_density_and_rank_are_of_one_cell_of_each_algorithm():
+    def run(name, rate, role, clip="1"):
+        return {"algorithm": name, "group": f"{name} {rate} {clip}", "role": role,
+                "cell": {"algorithm.name": name, "rate": rate, "clip": clip}}  # fmt: skip
+
+    runs = [
+        run("sft", "1e-4", "factor"), run("sft", "1e-5", "factor"),
+        run("sft", "1e-5", "factor", "2"), run("grpo", "1e-4", "factor"),
+        run("grpo", "1e-5", "baseline"), run("grpo", "1e-5", "baseline"),
+        run("dpo", "1e-6", "factor"), run("grpo", "1e-5", "control"),
+        run("kto", "1e-5", "surrogate"),
+    ]  # fmt: skip
+    assert [t["group"] for t in of_one_cell(runs)] == [
+        "sft 1e-5 1", "grpo 1e-5 1", "grpo 1e-5 1", "dpo 1e-6 1",
+    ]  # fmt: skip
+    assert of_one_cell([]) == []
 
 
 def test_factors_that_an_algorithm_does_not_have_are_said():
@@ -345,9 +366,35 @@ def test_maps_of_runs_and_of_cells(trials, pairs):
     assert pair["jaccard"] == pytest.approx(both / (a + b - both), **SMALL)
     cells = {(r["a"], r["b"]): r for r in cell_matrix(trials, pairs, ["grpo", "dpo"])}
     assert {key: row["num_pairs"] for key, row in cells.items()} == {
-        ("grpo", "grpo"): 6, ("grpo", "dpo"): 16, ("dpo", "dpo"): 6,
+        ("grpo", "grpo"): 6, ("grpo", "dpo"): 12, ("dpo", "dpo"): 6,
     }  # fmt: skip
     assert cells["grpo", "dpo"]["lift"]["tensor"] == pytest.approx(1.3 / 1.1, rel=1e-3, abs=0)
+
+
+def test_cells_are_compared_over_different_seeds_only(trials, pairs):
+    """Were pairs of one seed in, their overlap, e times as large here, would raise the mean."""
+    seeds = np.array([t["seed"] for t in trials])
+    same = seeds[pairs["a"]] == seeds[pairs["b"]]
+    raised = pairs.assign(log_tensor=pairs["log_tensor"] + same)
+    expected, found = (cell_matrix(trials, p, ["grpo", "dpo"]) for p in (pairs, raised))
+    assert found == expected
+    lone = [{**t, "seed": 7} for t in trials]
+    assert cell_matrix(lone, pairs, ["grpo", "dpo"]) == []
+
+
+def test_third_runs_of_the_null_of_update_size_are_named():
+    rows = [trial("grpo", s) for s in (0, 1)]
+    rows += [trial("grpo", 0, role="surrogate", control="shuffled_reward", trial_id="x")]
+    known = overlap_table(rows)
+    used = [row | {"update_size_of": ("x", "grpo1", None)[i % 3]} for i, row in enumerate(known)]
+    used.append(known[0] | {"update_size_of": "grpo0", "view": "bf16"})
+    given = make_tables(rows, overlaps=used)
+    found = third_runs(STUDY, given, trial_rows(STUDY, given))
+    assert found == [
+        {"trial_id": "grpo1", "role": "baseline", "kind": "grpo", "seed": 1},
+        {"trial_id": "x", "role": "surrogate", "kind": "shuffled_reward", "seed": 0},
+    ]
+    assert third_runs(STUDY, {}, trial_rows(STUDY, given)) == []
 
 
 def test_updates_outside_the_final_mask(given, trials):
@@ -479,6 +526,23 @@ def test_effects_are_shown_back_on_a_readable_scale(given):
     assert sft["shown_high"] == pytest.approx(0.1652988882, rel=1e-9, abs=0)
     assert (sft["estimate"], gain["shown"]) == (-2.0, 0.02)
     assert [is_primary(r["response"]) for r in rows] == [True] * 5 + [False]
+
+
+def test_p_of_the_interval_stands_before_an_exact_p_at_its_floor():
+    gaps = np.array([-2.1, -1.9, -2.4, -1.6])
+    low, high = stats.t.interval(0.95, 3, gaps.mean(), stats.sem(gaps))
+    row = effect("sft", gaps.mean(), ci_low=low, ci_high=high)
+    methods = {
+        "matched by seed, t interval, exact sign flips": "sign flips",
+        "pairs of seeds, jackknife by seed, swapped labels": "swapped labels",
+        "unpaired (Welch)": "",
+    }
+    rows = effect_rows(make_tables(effects=[row | {"method": name} for name in methods]))
+    assert [r["exact_test"] for r in rows] == list(methods.values())
+    expected = stats.ttest_1samp(gaps, 0).pvalue
+    assert [r["p_shown"] for r in rows] == pytest.approx([expected, expected, 0.125], **SMALL)
+    unsure = row | {"method": "exact sign flips", "ci_low": None, "ci_high": None}
+    assert effect_rows(make_tables(effects=[unsure]))[0]["p_shown"] == 0.125
 
 
 def test_overlap_within_a_level_is_named_for_what_it_is():

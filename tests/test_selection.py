@@ -60,13 +60,45 @@ def test_nested_factors_match_on_what_both_have() -> None:
         assert clip[pair.a] == clip[pair.b] == held["train.max_grad_norm"]
     assert len(selection.factor_pairs(plain, "algorithm.kl_coef", "0.04", "0.0")) == 4 * 2
     assert selection.matched_pairs(plain, plain, ["train.batch_size"]) == []
-    controls = selection.control_pairs(runs)
+    controls = selection.control_pairs(NESTED_STUDY, runs)
     assert {p.within for p in controls} == {
         canonical_json(
             {"algorithm.name": "grpo", "algorithm.kl_coef": "0.0", "train.max_grad_norm": "null"}
         )
     }
     assert len(controls) == 4
+
+
+def test_levels_of_the_grid_serve_as_the_control() -> None:
+    """3e-6 is three times the baseline's 1e-6; 9e-6 is three times 3e-6 only."""
+    factors = {"train.learning_rate": [1e-6, 3e-6, 9e-6], "train.max_grad_norm": [None, 1.0]}
+    baseline = {"algorithm": {"name": "grpo"}, "train": {"learning_rate": 1e-6}}
+    given = {"factors": factors, "baseline": baseline}
+    study = make_study(**given, controls=["lr_times_3"])
+    runs = runs_of(study)
+    assert not (runs["control"] == "lr_times_3").any()
+    cells = {
+        row["trial_id"]: (
+            row["seed"],
+            row["config"]["train"]["learning_rate"],
+            row["cell"]["train.max_grad_norm"],
+        )
+        for row in runs.to_dict("records")
+    }
+    found = [cells[p.a] + cells[p.b] for p in selection.control_pairs(study, runs)]
+    own = baseline_clip(study)
+    assert sorted(found) == [(s, 3e-6, own, s, 1e-6, own) for s in range(4)]
+    without = make_study(**given)
+    assert selection.control_pairs(without, runs_of(without)) == []
+    other = baseline | {"train": {"learning_rate": 5e-6}}
+    beside = make_study(factors=factors, baseline=other, controls=["lr_times_3"])
+    rates = {p.b: p.a for p in selection.control_pairs(beside, runs_of(beside))}
+    assert len(rates) == 4 * 2 * 2  # seed x clipping x (3e-6 over 1e-6, 9e-6 over 3e-6)
+
+
+def baseline_clip(study: Study) -> str:
+    value = study.baseline.train.max_grad_norm
+    return "null" if value is None else str(value)
 
 
 def test_mapping_levels_are_ignored_with_their_parts() -> None:

@@ -4,78 +4,48 @@ Each docstring says what was found when it was written; seeds are fixed, so that
 again. Rates may pass their limits by three Monte Carlo standard errors, means by four.
 """
 
-import itertools
-from pathlib import Path
-from types import SimpleNamespace
-
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from pandas.testing import assert_frame_equal
-from planted import FLOATS, Tensor, unsigned, write_folder
 from scipy import special
 from simulated import (
+    BATCH,
     CLIP,
+    COPIES,
+    GREATER,
     KL,
     NO_STEPS,
+    RUN,
+    SEEDS,
+    SPARSITY,
+    SPREADS,
+    TWO,
     Plan,
     Studies,
+    at_most,
     changes_of,
     claim,
+    coverage,
     density,
     effects_of,
+    is_valid,
     named,
     only_bitwise,
+    recovered,
     verdicts,
     views,
 )
 
-from pipelines import collect, record
-from pipelines.storage import Storage
 from rlsparse import claims, effects, overlap_effects
 from rlsparse.claim_config import Claim
-from rlsparse.errors import TrialError
 from rlsparse.factorial import factorial
 from rlsparse.identity import canonical_json
-from rlsparse.levels import put
-from rlsparse.mask_set import compare_masks
-from rlsparse.patch import PATCH_FILE, TensorPair, write_patch
 from rlsparse.responses import responses
-from rlsparse.study import Trial
-from rlsparse.tables import snapshot_folder
 
 pytestmark = pytest.mark.slow
-
-BATCH = 500
-"""Studies that share their tables."""
-COPIES = 50
-SEEDS, RUN = 0.5, 0.15
-"""Spread, in log odds, of what the runs of a seed share and of what each has alone."""
-TWO = {KL: [0.0, 0.04]}
-GREATER = claim("greater", a={KL: 0.04}, b={KL: 0.0})
-SPARSITY = "sparsity.bitwise@stored"
-
-
-def recovered(estimates: pd.Series, truth: float) -> None:
-    """The estimates have the right mean."""
-    assert abs(estimates.mean() - truth) < 4 * estimates.std() / np.sqrt(estimates.size)
-
-
-def at_most(hits: pd.Series | np.ndarray, limit: float) -> None:
-    """The rate of hits does not exceed the limit."""
-    assert np.mean(hits) <= limit + 3 * np.sqrt(limit * (1 - limit) / hits.size)
-
-
-def coverage(rows: pd.DataFrame, truth: float) -> float:
-    """Share of intervals that hold the truth."""
-    return float(((rows["ci_low"] <= truth) & (truth <= rows["ci_high"])).mean())
-
-
-def is_valid(p_values: pd.Series) -> None:
-    """P(p <= a) <= a."""
-    for level in (0.05, 0.125, 0.25):
-        at_most(p_values <= level, level)
 
 
 # --- planted effects ---------------------------------------------------------------------------
@@ -242,7 +212,7 @@ def test_studies_by_view_are_judged_as_alone() -> None:
         overlaps = plan.overlaps(plan.pair_noise(rng, 2, 0.1))
         runs = plan.runs(kl_final=np.exp(plan.noise(rng, 1, 0.1))[0])
         status = {one.id: "registered" for one in stated}
-        own, other = (t.filter(pa.compute.equal(t["view"], "stored")) for t in (changes, overlaps))
+        own, other = (t.filter(pc.equal(t["view"], "stored")) for t in (changes, overlaps))
         with only_bitwise():
             alone = claims.judge(
                 plan.study, status, runs, NO_STEPS, own, other, allow_missing=False
@@ -400,8 +370,6 @@ def test_false_layers_are_a_small_share_of_those_found(num_true: int) -> None:
 # --- overlaps ----------------------------------------------------------------------------------
 
 NUM_LIFTS = 1000
-SPREADS = {"runs": (0.1, 0.05, 0.1), "seeds": (0.2, 0.0, 0.02), "pairs": (0.0, 0.0, 0.1)}
-"""Of log excess: what runs of a seed share, what each has alone, what a pair has alone."""
 
 
 @pytest.mark.parametrize("spreads", SPREADS)
@@ -417,20 +385,11 @@ def test_lifts_between_seeds_are_covered(num_seeds: int, num_cells: int, spreads
     plan = Plan(seeds=range(num_seeds), **factors)
     one = claim("above_null", response="overlap.bitwise", margin=1.1)
     rng = np.random.default_rng([num_seeds, num_cells])
-    excess = np.log(1.1) + _excess(plan, rng, NUM_LIFTS, *SPREADS[spreads])
+    excess = np.log(1.1) + plan.excess(rng, NUM_LIFTS, spreads)
     studies = Studies(plan, [one], plan.runs(), overlaps=plan.overlaps(excess))
     rows = studies.judge(views(NUM_LIFTS))
     at_most((rows["ci_low"] > 1.1) | (rows["ci_high"] < 1.1), 0.06)
     at_most(rows["verdict"] == "supported", 0.025)
-
-
-def _excess(
-    plan: Plan, rng: np.random.Generator, num: int, seed: float, run: float, pair: float
-) -> np.ndarray:
-    """Log excess of pairs, [num, P]: additive effects of both runs, and noise."""
-    a, b = plan.pairs()
-    alone = plan.by_seed(rng, num, seed) + plan.noise(rng, num, run)
-    return alone[:, a] + alone[:, b] + plan.pair_noise(rng, num, pair)
 
 
 @pytest.mark.parametrize(
@@ -452,7 +411,7 @@ def test_effects_on_overlaps_are_covered(num_seeds: int, num_cells: int, num: in
         parts = []
         for _ in range(num // COPIES):
             moved = plan.by_seed(rng, COPIES, by_seed)
-            excess = 0.5 + _excess(plan, rng, COPIES, *SPREADS["runs"])
+            excess = 0.5 + plan.excess(rng, COPIES, "runs")
             excess += (truth + moved[:, a] + moved[:, b]) * across
             overlaps = plan.overlaps(excess, copies=True)
             runs = plan.runs(COPIES)

@@ -1,6 +1,52 @@
+"""What could mislead: seeds added until it fits, runs that fail, comparisons that are none.
 
+Found numbers are those of the time of writing, as in ``test_simulation``.
+"""
 
-HELPERS
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import special
+from simulated import (
+    BATCH,
+    CLIP,
+    COPIES,
+    GREATER,
+    KL,
+    NO_STEPS,
+    RUN,
+    SEEDS,
+    SPARSITY,
+    TWO,
+    Plan,
+    Studies,
+    at_most,
+    claim,
+    coverage,
+    density,
+    recovered,
+    verdicts,
+    views,
+)
+
+from pipelines import collect, record
+from pipelines.storage import Storage
+from rlsparse import effects
+from rlsparse.errors import TrialError
+from rlsparse.factorial import factorial
+from rlsparse.identity import canonical_json
+from rlsparse.levels import put
+from rlsparse.patch import PATCH_FILE, TensorPair, write_patch
+from rlsparse.responses import responses
+from rlsparse.study import Trial
+from rlsparse.tables import snapshot_folder
+
+pytestmark = pytest.mark.slow
+
 
 # --- optional stopping -------------------------------------------------------------------------
 
@@ -96,15 +142,21 @@ def test_runs_that_fail_where_they_are_dense_do_not_mislead(steepness: float, nu
 def test_unbalanced_grids_do_not_bias() -> None:
     """2000 studies of 8 seeds whose dense cell loses 40 % of its runs.
 
-    Found: raw means differ by .157 without any effect; matched contrasts by -.0005 (4.8 seeds are
-    complete on average; 95.1 % covered), the factorial model's means by -.002. Failure rates of
-    .399 in the dense cell of a true .4, .1995 of .2 over both.
+    The factor has an effect of .4 there and none elsewhere, .2 on average. Found: raw means differ
+    by .304; matched contrasts are .199 (4.8 seeds are complete on average; 95.1 % covered), the
+    factorial model's means .198 apart. Failure rates of .399 in the dense cell of a true .4, .1995
+    of .2 over both.
     """
-    plan, rng = Plan(factors={**TWO, CLIP: [1.0, None]}, seeds=range(8)), np.random.default_rng(21)
+    factors, crossed = {**TWO, CLIP: [1.0, None]}, [[KL, CLIP]]
+    plan, rng = (
+        Plan(factors=factors, interactions=crossed, seeds=range(8)),
+        np.random.default_rng(21),
+    )
     kl, clip = plan.level(KL, "0.04"), plan.level(CLIP, "null")
     parts, raw, modelled = [], [], []
     for _ in range(2000 // COPIES):
-        x = 2 - 1.2 * clip + plan.by_seed(rng, COPIES, SEEDS) + plan.noise(rng, COPIES, RUN)
+        x = 2 - 1.2 * clip + 0.4 * kl * clip + plan.by_seed(rng, COPIES, SEEDS)
+        x = x + plan.noise(rng, COPIES, RUN)
         lost = (rng.random(x.shape) < 0.4) & (kl * clip > 0)
         status = np.where(lost, "failed", "finished").reshape(-1).tolist()
         runs = plan.runs(COPIES, status=status)
@@ -120,14 +172,14 @@ def test_unbalanced_grids_do_not_bias() -> None:
             means = factorial(plan.study, own, ours)[1].to_pandas()
             means = means[means["factor"] == KL].set_index("level")["estimate"]
             modelled.append(means["0.04"] - means["0.0"])
-    assert np.concatenate(raw).mean() > 0.1
-    recovered(pd.Series(modelled).dropna(), 0.0)
+    assert np.concatenate(raw).mean() > 0.25
+    recovered(pd.Series(modelled).dropna(), 0.2)
     rows = pd.concat(parts)
     rows = rows[(rows["factor"] == KL) & rows["layer"].isna() & rows["module"].isna()]
     is_pooled = ~rows["within"].str.contains(CLIP) & (rows["within"] != "{}")
     matched = rows[is_pooled & (rows["method"] == effects.MATCHED) & (rows["num_runs"] > 1)]
-    recovered(matched["estimate"], 0.0)
-    assert coverage(matched, 0) == pytest.approx(0.95, rel=0, abs=0.015)
+    recovered(matched["estimate"], 0.2)
+    assert coverage(matched, 0.2) == pytest.approx(0.95, rel=0, abs=0.015)
     rates = rows[rows["method"] == effects.RATES]
     dense = rates[rates["within"].str.contains('"train.max_grad_norm":"null"')]
     recovered(dense["estimate"], 0.4)
@@ -204,7 +256,7 @@ def test_overlaps_that_cannot_be_compared_are_not(path: str, share: float, why: 
     """Of 250 studies with a lift of 1.6 all are decided, none of another base or too dense."""
     plan, rng = Plan(factors=TWO), np.random.default_rng(27)
     one = claim("above_null", response="overlap.bitwise", between=KL)
-    excess = 0.5 + _excess(plan, rng, NUM_GUARDED, *SPREADS["pairs"])
+    excess = 0.5 + plan.excess(rng, NUM_GUARDED, "pairs")
 
     def judged(share: float, **columns: list[str]) -> pd.DataFrame:
         overlaps = plan.overlaps(excess, density=share)

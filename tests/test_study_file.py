@@ -47,7 +47,7 @@ def test_words_of_yaml_1_1_are_text(tmp_path):
          "unknown key claims.0.valu; did you mean value?"),
         ("kind: exact", "kind: exact\n    null: tensor", 11,
          "unknown key claims.0.null; known: at, id, kind, note, response, source, value, where"),
-        ("null: tensor", "null: tensors", 13, "claims.1.null: Input should be 'uniform'"),
+        ("null: tensor", "null: tensors", 13, "unknown claims.1.null tensors; did you mean tens"),
         ("kind: above_null", "kind: above_null\n    at: {stepp: 3}", 13,
          "unknown key claims.1.at.stepp; did you mean step?"),
         ("kind: exact", "kind: exakt", 10,
@@ -75,13 +75,13 @@ def test_words_of_yaml_1_1_are_text(tmp_path):
         ("name: grpo", "name: grpo, reward: tasks", 3,
          "baseline.algorithm.reward: must be task, shuffled, random or module:function (got"),
         ("train:", "train:\n    trainable_modules: [z]", 5,
-         "baseline.train.trainable_modules.0: Input should be 'q', 'k', 'v'"),
+         "unknown baseline.train.trainable_modules.0 z; known: q, k, v"),
         ("num_steps: 20", "max_grad_norm: 0", 5,
          "baseline.train.max_grad_norm: Input should be greater than 0 (got 0)"),
         ("num_steps: 20", "num_steps: many", 5,
          "baseline.train.num_steps: Input should be a valid integer"),
         ("num_steps: 20", "num_steps: 0", 5, "greater than or equal to 1 (got 0)"),
-        ("seeds: [0, 1]", "seeds: []", 7, "seeds: Tuple should have at least 1 item"),
+        ("seeds: [0, 1]", "seeds: []", 7, "seeds: must have at least 1 item (got [])"),
         ("seeds: [0, 1]", "seeds: [0, x]", 7, "seeds.1: Input should be a valid integer"),
         ("seeds: [0, 1]", "seeds: [0, 0]", 1, "seeds ['0'] given more than once"),
         ("question: Why?\n", "", 1, "question: Field required"),
@@ -89,7 +89,7 @@ def test_words_of_yaml_1_1_are_text(tmp_path):
         ("seeds:", "resources: {num_thread: 2}\nseeds:", 7,
          "unknown key resources.num_thread; did you mean num_threads?"),
         ("seeds:", "controls: [lr_one]\nseeds:", 7,
-         "controls.0: Input should be 'lr_zero', 'same_seed', 'lr_times_3', 'shuffled_reward' or"),
+         "unknown controls.0 lr_one; did you mean lr_zero? known: lr_zero, same_seed"),
     ],
 )  # fmt: skip
 def test_errors_name_the_line_and_the_nearest_key(tmp_path, old, new, line, message):
@@ -158,7 +158,7 @@ def test_every_other_error_names_the_file(tmp_path, text, message):
          "algorithm.reward: must be task, shuffled, random or module:function (got 'tasks')"),
         (with_factors("  train.trainable_modules: [null, [q, z]]"), 8,
          "cell {'train.trainable_modules': '[q, z]'} is not a valid trial: "
-         "train.trainable_modules.1: Input should be 'q', 'k'"),
+         "unknown train.trainable_modules.1 z; known: q, k"),
         (STUDY + "  - {id: c, kind: equivalent, factor: algorithm.kl_coef}\n", 14,
          "c names the factor algorithm.kl_coef, which this study does not vary; its factors: none"),
         (with_factors("  train.num_steps: [9]", "controls: [lr_zero, random_reward]")
@@ -306,7 +306,7 @@ def test_all_kinds_of_claims_are_read(tmp_path):
          "claims: late names the factor algorithm.kl_coeff, which this study does not vary; "
          "did you mean algorithm.kl_coef?"),
         ("kind: monotone, direction: up, factor: algorithm.kl_coef",
-         "claims.0.direction: Input should be 'increasing' or 'decreasing' (got 'up')"),
+         "unknown claims.0.direction up; known: increasing, decreasing"),
         ("kind: interaction, factor: algorithm.kl_coef, by: train.max_grad_nor",
          "late names the factor train.max_grad_nor, which this study does not vary; "
          "did you mean train.max_grad_norm?"),
@@ -364,3 +364,68 @@ def test_interactions_name_two_factors(tmp_path):
         with pytest.raises(ConfigError, match=r"why\.yaml:14: ") as raised:
             load(tmp_path, f"{GRID}interactions:\n  - {pair}\n  - {wrong}\n".replace("\n\n", "\n"))
         assert said in str(raised.value)
+
+
+WRONG = [
+    ("kind: within, low: 0.4, high: 0.4", "low 0.4 must be below high 0.4"),
+    ("kind: within, low: 90, high: 95", "low 90 of sparsity.bitwise is a fraction"),
+    ("kind: reproduces, value: 93.1, margin: 1", "value 93.1 of sparsity.bitwise is a fraction"),
+    ("kind: reproduces, response: score_after, value: -0.1, margin: 1", "value -0.1 of score"),
+    ("kind: exact, value: 100", "value 100 of sparsity.bitwise is a fraction"),
+    ("kind: exact, at: {step: 7}", "no selected trial has a snapshot at step 7; there: 20; furth"),
+    ("kind: associated, on: sparsity.bitwise@stored", "sparsity.bitwise@stored is the response it"),
+    ("kind: equivalent, factor: algorithm.kl_coef, where: {algorithm.kl_coef: 0.0}",
+     "where fixes algorithm.kl_coef, in which the claim compares runs; leave algorithm.kl_coef"),
+    ("kind: monotone, direction: increasing, factor: algorithm.kl_coef, "
+     "where: {algorithm.kl_coef: 0.0}", "where fixes algorithm.kl_coef"),
+    ("kind: interaction, factor: algorithm.kl_coef, by: train.max_grad_norm, "
+     "where: {train.max_grad_norm: 1.0}", "where fixes train.max_grad_norm"),
+    ("kind: above_null, where: {seed: 0}", "where fixes seed, in which the claim compares runs"),
+    ("kind: below_null, between: algorithm.kl_coef, where: {algorithm.kl_coef: 0.0}",
+     "where fixes algorithm.kl_coef"),
+    ("kind: above_null, null: []", "null: must have at least 1 item (got [])"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("claim", "said"), WRONG)
+def test_claims_that_no_runs_could_decide_are_refused(tmp_path, claim, said):
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path, f"{GRID}claims:\n  - {{id: late, {claim}}}\n")
+    text = str(raised.value)
+    line = len(GRID.splitlines()) + 2
+    assert text.startswith(f"{tmp_path / 'why.yaml'}:{line}: "), text
+    assert said in text
+    assert len(text.splitlines()) == 1, text
+
+
+def test_numbers_that_are_no_fractions_may_exceed_one(tmp_path):
+    listed = [
+        "kind: within, response: kl_final, low: 2, high: 3",
+        "kind: reproduces, response: score_gain, value: -0.1, margin: 0.2",
+        "kind: above_null, where: {seed: 0}, between: algorithm.kl_coef",
+        "kind: exact, at: {step: 20}",
+    ]
+    claims = "".join(f"  - {{id: c{i}, {claim}}}\n" for i, claim in enumerate(listed))
+    assert len(load(tmp_path, f"{GRID}claims:\n{claims}").claims) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("claims:\n  - {id: Not Good, kind: exact}\n",
+         "claims.0.id: must be lower-case letters, digits and hyphens (got 'Not Good')"),
+        ("interactions: [[a]]\n", "interactions.0: must have 2 or more items"),
+        ("interactions: [[a, b, c]]\n", "interactions.0: must have at most 2 items"),
+    ],
+)  # fmt: skip
+def test_messages_are_in_our_words(tmp_path, text, said):
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path, GRID + text)
+    assert said in str(raised.value)
+
+
+def test_where_may_name_an_algorithm_whose_fields_are_compared(tmp_path):
+    levels = "  algorithm: [{name: grpo, kl_coef: 0.0}, {name: grpo, kl_coef: 0.04}]"
+    grid = with_factors(levels).partition("claims:")[0]
+    claim = "{id: c, kind: equivalent, factor: algorithm, where: {algorithm: grpo}}"
+    assert len(load(tmp_path, f"{grid}claims:\n  - {claim}\n").claims) == 1

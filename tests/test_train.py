@@ -247,9 +247,7 @@ def test_a_model_that_is_the_base_has_no_distance_to_it(trained, tiny_trial, bas
     assert trained(config, base).summary["kl_final"] == 0
 
 
-def test_the_distance_along_training_is_that_of_the_snapshots(
-    trained, tiny_trial, base, tmp_path
-):
+def test_the_distance_along_training_is_that_of_the_snapshots(trained, tiny_trial, base, tmp_path):
     probe = {"snapshots": [1, 2]}
     config = tiny_trial("grpo", num_steps=3, precision="fp32", learning_rate=1e-3, probe=probe)
     trial = trained(config, base)

@@ -52,7 +52,7 @@ def test_models_at_a_location():
         ({"algorithm": {"name": "sft"}, "train": {"trainable_layers": [-1]}},
          ["train", "trainable_layers", 0], "train.trainable_layers.0: Input should be"),
         ({"algorithm": {"name": "sft"}, "train": {"trainable_layers": []}},
-         ["train", "trainable_layers"], "Tuple should have at least 1 item"),
+         ["train", "trainable_layers"], "must have at least 1 item (got"),
     ],
 )  # fmt: skip
 def test_one_mistake_is_one_line(config, place, said):

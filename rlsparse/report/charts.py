@@ -57,7 +57,7 @@ def _curves(title: str, rows: Sequence[Row], series: Series, fraction: bool) -> 
     y = scale_of(ends) if rows[0]["measure"] in ("score", "loss", "reward") else from_zero(ends)
     x = scale_of([row["step"] for row in rows], pad=0.02)
     write = short_percent if fraction else number
-    frame = Frame(x, y, _whole, write)
+    frame = Frame(x, y, _integer, write)
     lines, parts = [], []
     for group, points in found.items():
         look, ids = series.style(group), series.ids(group)
@@ -77,10 +77,6 @@ def _curves(title: str, rows: Sequence[Row], series: Series, fraction: bool) -> 
 
 def _said(value: float, fraction: bool) -> str:
     return percent(value) if fraction else number(value)
-
-
-def _whole(value: float) -> str:
-    return f"{value:g}"
 
 
 def gain_chart(trials: Sequence[Row], series: Series) -> Captioned:
@@ -104,9 +100,12 @@ def gain_chart(trials: Sequence[Row], series: Series) -> Captioned:
             f"score {score(trial['score_before'])} → {score(trial['score_after'])}"
         )
         ids = series.ids(trial["group"])
-        parts.append(frame.mark(series.style(trial["group"]), density, gain, tip, ids))
+        look, kind = series.style(trial["group"]), series.kind(trial["group"])
+        parts.append(frame.mark(look, density, gain, tip, ids, kind))
     title = "Score gain (points) against density: one mark per trial"
-    return [(title, frame.chart(title, parts, x_label="weights changed, bitwise"))]
+    hollow = any(series.kind(trial["group"]) for trial, *_ in runs)
+    caption = f"{title}; hollow: controls" if hollow else title
+    return [(caption, frame.chart(title, parts, x_label="weights changed, bitwise"))]
 
 
 def _points(value: float) -> str:
@@ -154,10 +153,11 @@ def _power(exponent: float) -> str:
     return f"2{str(round(exponent)).translate(_SUPERSCRIPT)}"
 
 
-def rank_charts(rows: Sequence[Row]) -> Captioned:
+def rank_charts(rows: Sequence[Row], series: Series) -> Captioned:
     """Histograms of the rank of updates and of their nulls, a chart per algorithm and statistic."""
+    order = list(dict.fromkeys(cell["algorithm"] for cell in series.cells))
     found: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: order.index(row["algorithm"])):
         found.setdefault((row["algorithm"], row["statistic"]), []).append(row)
     charts = []
     for (algorithm, statistic), bins in found.items():

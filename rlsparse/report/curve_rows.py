@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from rlsparse.definitions import MIN_EXPONENT, NUM_EXPONENTS
-from rlsparse.report.rows import Row, Tables, rows_of
+from rlsparse.report.rows import Row, Tables, of_one_cell, rows_of
 from rlsparse.study import StudyBase
 
 MAX_POINTS = 60
@@ -125,11 +125,13 @@ def magnitude_rows(study: StudyBase, tables: Tables, trials: Sequence[Row]) -> l
 def rank_rows(study: StudyBase, tables: Tables, trials: Sequence[Row]) -> list[Row]:
     """Histograms of the rank of updates and of their nulls, per algorithm, over all matrices.
 
+    Of the studied runs, of one cell of each algorithm (``rows.of_one_cell``).
+
     Rows with ``algorithm, statistic`` (``rank``, of ``torch.linalg.matrix_rank``; ``energy rank``,
     of 99 % of the squared norm), ``kind`` (update, null), ``low``, ``high`` (edges, as shares of
     the full rank), ``num_matrices`` and ``share`` of the matrices of that kind.
     """
-    names = {t["trial_id"]: t["algorithm"] for t in trials}
+    names = {t["trial_id"]: t["algorithm"] for t in of_one_cell(trials)}
     if "spectra" not in tables or not tables["spectra"].num_rows:
         return []
     columns = ["trial_id", "step_after", "kind", "shape", "energy_rank", "rank_share_default"]

@@ -36,6 +36,29 @@ def number(value: Any) -> str:
     return str(value)
 
 
+def interval_texts(value: Any, low: Any, high: Any) -> tuple[str, str, str]:
+    """An estimate and the ends of its interval, all with the decimals of three digits of the first.
+
+    Of an estimate that is small beside its interval, with those of half the interval's width; of
+    an interval that is narrow beside it, with one more, so that .995 is not read as 1.
+    """
+    known = all(isinstance(v, float) and math.isfinite(v) for v in (value, low, high))
+    half = (high - low) / 2 if known else 0.0
+    size = max(abs(value), half) if known else 0.0
+    if not size:
+        return number(value), number(low), number(high)
+    if not 1e-4 <= size < 1e5:
+        return f"{value:.2e}", f"{low:.2e}", f"{high:.2e}"
+    decimals = max(0, 2 + (half < size / 50) - math.floor(math.log10(size)))
+    return f"{value:.{decimals}f}", f"{low:.{decimals}f}", f"{high:.{decimals}f}"
+
+
+def interval_text(row: Mapping[str, Any]) -> str:
+    """The effect of a row on its readable scale, with its interval."""
+    shown = interval_texts(row["shown"], row["shown_low"], row["shown_high"])
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
 def listed(values: list[Any]) -> str:
     """Numbers or texts, with commas between."""
     return ", ".join(map(number, values)) or NOTHING

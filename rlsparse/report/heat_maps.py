@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from rlsparse.definitions import NULLS
 from rlsparse.report.charts import Captioned
-from rlsparse.report.formats import null_name, number, percent
+from rlsparse.report.formats import interval_text, null_name, number, percent
 from rlsparse.report.pairs import AGAIN
 from rlsparse.report.rows import Row, in_order, short_labels
 from rlsparse.report.series import Series
@@ -38,7 +38,7 @@ def density_maps(rows: Sequence[Row], series: Series) -> Captioned:
         modules = in_order({row["module"] for row in own})
         layers = sorted({row["layer"] for row in own if row["layer"] is not None})
         layers += [None] if any(row["layer"] is None for row in own) else []
-        ids = series.of_algorithm(algorithm)
+        group = own[0]["group"]
         cells = [
             Cell(
                 layers.index(row["layer"]),
@@ -53,7 +53,8 @@ def density_maps(rows: Sequence[Row], series: Series) -> Captioned:
         names = ["rest" if layer is None else str(layer) for layer in layers]
         unit = 21 if len(layers) <= 40 else 13
         title = f"{algorithm}: density by layer and module, in percent"
-        charts.append((algorithm, _only(heat_map(title, names, modules, cells, unit), ids)))
+        chart = _only(heat_map(title, names, modules, cells, unit), series.ids(group))
+        charts.append((series.labels[group], chart))
     return charts
 
 
@@ -169,8 +170,7 @@ def effect_maps(effects: Sequence[Row]) -> Captioned:
                 row["estimate"] / reach,
                 f"{row['shown']:.2g}" if len(columns) <= MAX_TEXT_COLUMNS else "",
                 f"{row['factor']}: {row['contrast']}, {part} {row[part]}\n"
-                f"{row['shown_scale']} {number(row['shown'])} "
-                f"[{number(row['shown_low'])}, {number(row['shown_high'])}]\n"
+                f"{row['shown_scale']} {interval_text(row)}\n"
                 f"p {number(row['p_adjusted'])} (Benjamini-Hochberg)",
             )
             for row in rows

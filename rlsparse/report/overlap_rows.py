@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 
 from rlsparse.definitions import NESTED_NULLS, NULLS
 from rlsparse.identity import canonical_json
@@ -162,13 +163,20 @@ def run_matrix(trials: Sequence[Row], pairs: pd.DataFrame) -> list[Row]:
 
 
 def cell_matrix(trials: Sequence[Row], pairs: pd.DataFrame, groups: Sequence[str]) -> list[Row]:
-    """A row per pair of ``groups`` (of itself: other seeds), with the mean lift by null."""
+    """A row per pair of ``groups``, with the mean lift by null over runs of different seeds.
+
+    Runs of one seed share their batches, and overlap for that reason alone: with them, two groups
+    would seem nearer to each other than to themselves.
+    """
     place = {group: i for i, group in enumerate(groups)}
     of_trial = np.array([place.get(t["group"], -1) for t in trials], np.int64)
     ends = np.sort(of_trial[pairs[["a", "b"]].to_numpy(np.int64)], axis=1)
     logs = [f"log_{null}" for null in NULLS]
     named = pairs.assign(first=ends[:, 0], second=ends[:, 1])
-    kept = named[(named["first"] >= 0) & named["log_uniform"].notna()]
+    seeds = np.array([t["seed"] for t in trials])[pairs[["a", "b"]].to_numpy(np.int64)]
+    kept = named[
+        (seeds[:, 0] != seeds[:, 1]) & (named["first"] >= 0) & named["log_uniform"].notna()
+    ]
     grouped = kept.groupby(["first", "second"])
     means = grouped[logs].mean().assign(num_pairs=grouped.size())
     return [
@@ -179,6 +187,27 @@ def cell_matrix(trials: Sequence[Row], pairs: pd.DataFrame, groups: Sequence[str
             "lift": {null: _exp(_number(row[f"log_{null}"])) for null in NULLS},
         }
         for row in means.reset_index().to_dict("records")
+    ]
+
+
+def third_runs(study: StudyBase, tables: Tables, trials: Sequence[Row]) -> list[Row]:
+    """The independent runs of which null update_size takes the size of updates.
+
+    Returns:
+        Rows with ``trial_id, role`` (of the trial), ``kind`` (the control's name, or what groups
+        the run) and ``seed``, in the order of the trials; empty where the null was not computed.
+    """
+    if (table := tables.get("overlaps")) is None:
+        return []
+    used = set(table.filter(pc.equal(table["view"], study.default_view))["update_size_of"].unique()
+               .to_pylist())  # fmt: skip
+    return [
+        {
+            **{key: trial[key] for key in ("trial_id", "role", "seed")},
+            "kind": trial["control"] or trial["group"],
+        }
+        for trial in trials
+        if trial["trial_id"] in used
     ]
 
 

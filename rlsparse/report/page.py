@@ -36,6 +36,7 @@ def render(template: str, content: Mapping[str, Any]) -> str:
             formats.score,
         )
     }
+    environment.globals["interval_texts"] = formats.interval_texts
     own = {
         name: Markup(folder.joinpath(file).read_text("utf-8"))
         for name, file in (("css", "style.css"), ("script", "script.js"))

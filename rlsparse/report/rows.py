@@ -229,13 +229,30 @@ def collapsed(study: StudyBase, trials: Sequence[Row]) -> dict[str, list[str]]:
     return {path: names for path, names in missing.items() if names}
 
 
+def of_one_cell(trials: Sequence[Row]) -> list[Row]:
+    """Studied runs, of each algorithm those of the cell that is nearest to the baseline.
+
+    Nearest is what differs from the first baseline, or else the first run, in the fewest factors.
+    """
+    studied = [t for t in trials if t["role"] not in ("control", "surrogate")]
+    base = next((t for t in studied if t["role"] == "baseline"), next(iter(studied), None))
+    chosen: dict[str, tuple[int, str]] = {}
+    for t in studied:
+        distance = sum(base["cell"].get(k, v) != v for k, v in t["cell"].items()) if base else 0
+        if distance < chosen.get(t["algorithm"], (math.inf, ""))[0]:
+            chosen[t["algorithm"]] = distance, t["group"]
+    return [t for t in studied if t["group"] == chosen[t["algorithm"]][1]]
+
+
 def density_map(study: StudyBase, tables: Tables, trials: Sequence[Row]) -> list[Row]:
     """Bitwise density per algorithm, layer and module, over finished runs at their last snapshot.
 
-    Keys: ``algorithm, layer`` (``None`` outside the layers)``, module, density``; controls and
-    surrogates are left out.
+    Of an algorithm with several cells the runs of one (``of_one_cell``): levels of other factors
+    may change many times as many weights.
+
+    Keys: ``algorithm, group, layer`` (``None`` outside the layers)``, module, density``.
     """
-    runs = [t for t in trials if t["snapshots"] and t["role"] not in ("control", "surrogate")]
+    runs = of_one_cell([t for t in trials if t["snapshots"]])
     if not runs:
         return []
     changes = tables["changes"].select(
@@ -252,9 +269,11 @@ def density_map(study: StudyBase, tables: Tables, trials: Sequence[Row]) -> list
     sums = kept.group_by(["algorithm", "layer", "module"], use_threads=False).aggregate(
         [("num_elements", "sum"), ("num_changed_bitwise", "sum")]
     )
+    groups = {t["algorithm"]: t["group"] for t in runs}
     return [
         {
             **{key: row[key] for key in ("algorithm", "layer", "module")},
+            "group": groups[row["algorithm"]],
             "density": row["num_changed_bitwise_sum"] / row["num_elements_sum"],
         }
         for row in sums.to_pylist()

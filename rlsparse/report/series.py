@@ -29,6 +29,10 @@ class Series:
         """Colour and shape of a group."""
         return style(self.index[group])
 
+    def kind(self, group: str) -> str:
+        """``hollow`` for the marks of controls."""
+        return "hollow" if self.cells[self.index[group]]["role"] == "control" else ""
+
     def ids(self, *groups: str) -> str:
         """Places of groups, for ``data-c``."""
         return " ".join(str(place) for place in sorted({self.index[group] for group in groups}))
@@ -39,12 +43,6 @@ class Series:
             str(self.index[cell["group"]])
             for cell in self.cells
             if all(cell["cell"].get(path, level) == level for path, level in levels.items())
-        )
-
-    def of_algorithm(self, algorithm: str) -> str:
-        """Places of the groups of an algorithm."""
-        return " ".join(
-            str(self.index[cell["group"]]) for cell in self.cells if cell["algorithm"] == algorithm
         )
 
     def shown(self, most: int) -> list[str]:
@@ -61,7 +59,8 @@ class Series:
     def swatch(self, group: str) -> Markup:
         """The mark of a group, for tables and legends."""
         colour, shape = self.style(group)
-        mark = tag("use", href=f"#m{shape}", class_=f"mark s{colour}", x="7", y="7")
+        name = f"mark s{colour} {self.kind(group)}".strip()
+        mark = tag("use", href=f"#m{shape}", class_=name, x="7", y="7")
         return tag("svg", mark, class_="swatch", width="14", height="14", aria_hidden="true")
 
     def legend(self, groups: Sequence[str]) -> Markup:

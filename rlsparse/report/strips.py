@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from rlsparse.definitions import DEFINITIONS, NESTED_NULLS, NULLS
-from rlsparse.report.formats import null_name, number, percent
+from rlsparse.report.formats import interval_text, null_name, number, percent
 from rlsparse.report.rows import Row
 from rlsparse.report.series import Series
 from rlsparse.report.svg import STRIP, Scale, bar, mark, rule, scale_of, strip, strip_axis, style
@@ -48,7 +48,8 @@ def cell_strips(trials: Sequence[Row], cells: Sequence[Row], series: Series) -> 
             share = run["sparsity"]["bitwise"]
             tip = f"{run['label']}\n{percent(share)} unchanged"
             height = MIDDLE + 4 * (i % 3 - 1)  # so that runs beside each other can be told apart
-            parts.append(mark(series.style(cell["group"]), scale.at(share), height, tip))
+            look, kind = series.style(cell["group"]), series.kind(cell["group"])
+            parts.append(mark(look, scale.at(share), height, tip, kind=kind))
         title = f"{cell['group']}: sparsity of {len(runs)} runs"
         rows.append(strip(scale, title, parts))
     return Strips(strip_axis(scale, short_percent), rows)
@@ -145,8 +146,8 @@ def forest_strips(effects: Sequence[Row]) -> Strips:
             parts.append(rule("interval", (scale.at(low), scale.at(high)), (MIDDLE, MIDDLE)))
         if value is not None and math.isfinite(value):
             tip = (
-                f"{row['contrast']}\n{row['shown_scale']} {number(value)} "
-                f"[{number(low)}, {number(high)}]\n{row['num_runs']} seeds"
+                f"{row['contrast']}\n{row['shown_scale']} {interval_text(row)}\n"
+                f"{row['num_runs']} seeds"
             )
             parts.append(mark(style(0), scale.at(value), MIDDLE, tip))
         title = f"{row['contrast']}: {number(value)}"

@@ -24,6 +24,7 @@ from rlsparse.report.overlap_rows import (
     module_rows,
     relation_rows,
     run_matrix,
+    third_runs,
     with_lifts,
 )
 from rlsparse.report.page import render
@@ -91,6 +92,7 @@ def build_report(
             "symbols": svg.symbols(),
             "null_styles": [svg.style(i) for i in range(len(NULLS))],
             "primary_effects": _primary_effects(content["effects"]),
+            "third": _third(content["third_runs"]),
             "other_effects": _other_effects(content["effects"])[:MAX_EFFECTS],
             "num_other_effects": len(_other_effects(content["effects"])),
             "overlap_null": heat_maps.strongest_null(content["overlap_map"]["rows"]),
@@ -167,6 +169,7 @@ def _content(
         "density": density_map(study, tables, trials),
         "ranks": rank_rows(study, tables, trials),
         "relations": relation_rows(pairs),
+        "third_runs": third_runs(study, tables, trials),
         "modules": module_rows(trials, pairs, module_pairs(study, tables, trials)),
         "overlap_map": _overlap_map(trials, cells, pairs),
         "consensus": consensus_rows(study, tables, by_cell),
@@ -268,7 +271,7 @@ def _figures(content: Row, series: Series) -> dict[str, Any]:
         "loss": charts.loss_charts(content["curves"], groups, series),
         "density": heat_maps.density_maps(content["density"], series),
         "magnitude": charts.magnitude_chart(content["magnitudes"], groups, series),
-        "ranks": charts.rank_charts(content["ranks"]),
+        "ranks": charts.rank_charts(content["ranks"], series),
         "relations": strips.relation_strips(relations),
         "explained": strips.explained_strips(_of_runs(relations)),
         "overlap": heat_maps.overlap_map(content["overlap_map"]["rows"], _names(content, series)),
@@ -281,6 +284,20 @@ def _figures(content: Row, series: Series) -> dict[str, Any]:
         },
         "parts": heat_maps.effect_maps(content["effects"]),
     }
+
+
+def _third(runs: Sequence[Row]) -> dict[bool, str]:
+    """Third runs in words: those whose reward carries no information (True) and the others."""
+    found: dict[bool, str] = {}
+    for is_surrogate in (True, False):
+        seeds: dict[str, list[str]] = {}
+        for run in runs:
+            if (run["role"] == "surrogate") == is_surrogate:
+                seeds.setdefault(run["kind"], []).append(f"s{run['seed']}")
+        if seeds:
+            said = (f"{kind} {', '.join(own)}" for kind, own in seeds.items())
+            found[is_surrogate] = "; ".join(said)
+    return found
 
 
 def _of_runs(relations: Sequence[Row]) -> list[Row]:

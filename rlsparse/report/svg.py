@@ -192,9 +192,11 @@ class Frame:
         """Share of the width and pixels from the top."""
         return self.x.at(x), self.height * (1 - self.y.at(y))
 
-    def mark(self, look: Style, x: float, y: float, tip: str, groups: str | None = None) -> Markup:
+    def mark(
+        self, look: Style, x: float, y: float, tip: str, groups: str | None = None, kind: str = ""
+    ) -> Markup:
         """A mark at a point of data."""
-        return mark(look, *self.place(x, y), tip, groups)
+        return mark(look, *self.place(x, y), tip, groups, kind)
 
     def line(self, look: Style, points: Sequence[tuple[float, float]], groups: str) -> Markup:
         """A line through points of data; goes among the ``lines`` of ``chart``."""

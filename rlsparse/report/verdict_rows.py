@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 
+from scipy.special import stdtr, stdtrit
+
 from rlsparse.overlap_effects import OTHER_SEED
 from rlsparse.report.rows import Row, Tables, parsed, rows_of
 
@@ -21,6 +23,7 @@ _SCALES = {
 }
 """How a statistic begins -> scale on which the claims table gives its numbers."""
 _OF_KIND = {"above_null": _LIFT, "below_null": _LIFT, "equivalent": "density ratio"}
+_EXACT_TESTS = ("sign flips", "swapped labels")
 _OF_SCALE = {"log_odds": "odds ratio", "log": "ratio"}
 
 PRIMARY = "sparsity.bitwise"
@@ -84,10 +87,12 @@ def effect_rows(tables: Tables) -> list[Row]:
     ``shown_scale`` is ``odds ratio``, ``ratio`` or ``difference``; ``shown``, ``shown_low`` and
     ``shown_high`` are the estimate and its interval on it. Bitwise sparsity comes first, then
     overlap and what is no sparsity, then the other definitions; an effect within the only
-    combination of other factors is its pooled row, and left out.
+    combination of other factors is its pooled row, and left out. ``exact_test`` names the exact
+    test that ``p_value`` is of ("" for others), ``p_shown`` is the p of the t test of the interval
+    then, and ``p_value`` where there is none.
     """
     effects = rows_of(tables, "effects")
-    contrast = itemgetter("response", "factor", "level", "layer", "module")
+    contrast = itemgetter("response", "factor", "level", "layer", "module", "method")
     combinations = Counter(contrast(row) for row in effects if row["within"] != "{}")
     effects = [r for r in effects if r["within"] == "{}" or combinations[contrast(r)] > 1]
     shown = [
@@ -95,6 +100,7 @@ def effect_rows(tables: Tables) -> list[Row]:
             **row,
             "within": parsed(row["within"]),
             "contrast": _contrast(row),
+            **_tests(row),
             **_shown(row, "estimate", "ci_low", "ci_high"),
         }
         for row in effects
@@ -106,6 +112,21 @@ def _contrast(row: Row) -> str:
     if row["reference"] == OTHER_SEED:
         return f"{row['level']}, between its seeds"
     return f"{row['level']} against {row['reference']}"
+
+
+def _tests(row: Row) -> Row:
+    """The exact test of a row, and the p to show first.
+
+    That of the interval: |t| = |estimate| / (half width / t quantile), df = seeds - 1.
+    """
+    exact = next((name for name in _EXACT_TESTS if name in (row["method"] or "")), "")
+    known = [row[key] for key in ("estimate", "ci_low", "ci_high", "ci_level")]
+    if not exact or None in known or row["num_runs"] < 2 or row["ci_high"] <= row["ci_low"]:
+        return {"exact_test": exact, "p_shown": row["p_value"]}
+    estimate, low, high, level = known
+    df = row["num_runs"] - 1
+    error = (high - low) / 2 / stdtrit(df, (1 + level) / 2)
+    return {"exact_test": exact, "p_shown": float(2 * stdtr(df, -abs(estimate) / error))}
 
 
 def is_primary(response: str) -> bool:

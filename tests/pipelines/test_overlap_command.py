@@ -9,6 +9,9 @@ import pytest
 import safetensors.numpy
 from command import Command
 
+from rlsparse.checkpoint import Checkpoint, fingerprint
+from rlsparse.patch import PATCH_FILE, TensorPair, write_patch
+
 NAME = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -68,3 +71,35 @@ def test_mistakes_are_one_line(runs, arguments, message):
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert message in line
+
+
+def test_narrow_terminals_get_a_block_per_pair(runs, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    done = runs.run("overlap", "one", "two", "--base", "base")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "[1] and [2], all weights" in lines
+    assert "  lift  uniform 1  tensor 1  magnitude " in done.stdout
+    assert "Jaccard 0.333" in done.stdout
+
+
+def test_the_snapshot_that_stands_for_a_trial_is_told(runs, tmp_path):
+    base, one, two = (
+        safetensors.numpy.load_file(tmp_path / name / "model.safetensors")[NAME]
+        for name in ("base", "one", "two")
+    )
+    own = fingerprint(Checkpoint.open(tmp_path / "base"))
+    for step, after in ((2, one), (10, two)):
+        snapshot = tmp_path / "trial" / "snapshots" / f"step-{step:06d}"
+        snapshot.mkdir(parents=True)
+        bits = (base.view(np.uint16).ravel(), after.view(np.uint16).ravel())
+        pair = TensorPair(NAME, "bf16", base.shape, *bits)
+        write_patch(snapshot / PATCH_FILE, [pair], base_fingerprint=own)
+    done = runs.run("overlap", "trial", "one", "--base", "base", "--json", "-")
+    assert done.returncode == 0, done.stderr
+    content = json.loads(done.stdout)
+    assert content["snapshots"] == {"trial": "step-000010"}
+    assert content["overlaps"][0]["num_both"] == 64
+    done = runs.run("overlap", "trial", "one", "--base", "base")
+    assert "[1]  trial (step-000010)" in done.stdout

@@ -58,9 +58,22 @@ def test_runs_are_shown_at_their_last_snapshot(capsys: pytest.CaptureFixture[str
     )
     assert ["grpo s0", "0", "0.250 -> 0.500", "80.00 %", "99.50 %", "2.50"] in rows
     dash = "\N{EN DASH}"
-    assert ["grpo s1", "1", "", dash, dash, "2.50"] in rows
+    assert ["grpo s1", "1", "0.500", dash, dash, "2.50"] in rows
+    assert any("overlap / tensor null" in " ".join(row) for row in rows)
     assert len([row for row in rows if row[0].startswith("grpo")]) == 2
     assert not any(row[0] in ("trials by cell", "claims") for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "text"),
+    [(0.25, 0.5, "0.250 -> 0.500"), (None, 0.5, "0.500"), (0.25, None, "0.250 ->"),
+     (None, None, "")],
+)  # fmt: skip
+def test_scores_are_shown_as_far_as_they_are_known(
+    capsys: pytest.CaptureFixture[str], before: float | None, after: float | None, text: str
+) -> None:
+    rows = shown(capsys, [trial("a", 0, score_before=before, score_after=after)])
+    assert next(row for row in rows if row[0] == "grpo s0")[2] == text
 
 
 def test_cells_are_counted_when_trials_are_missing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,6 +107,8 @@ def test_one_parent_and_a_child_for_every_trial(study_run: StudyRun) -> None:
         run = runs[trial.trial_id]
         assert run["params"]["factor.algorithm.name"] == trial.config.algorithm.name
         assert run["params"]["seed"] == str(trial.config.seed)
+        assert run["params"]["role"] == trial.role
+        assert run["params"]["control"] == (trial.control or "none")
         assert run["params"]["train.num_steps"] == "2"
         assert [step for step, *_ in run["metrics"]["loss"]] == [1, 2]
         assert [step for step, *_ in run["metrics"]["score"]] == [0, 1, 2]
