@@ -10,7 +10,13 @@ from typing import Any
 from pipelines.ledger import Entry, Ledger
 from pipelines.storage import Storage
 from rlsparse.checkpoint import Checkpoint, fingerprint
-from rlsparse.config import STORED_DTYPE, ModelConfig, SampledDataConfig, TrialConfig
+from rlsparse.config import (
+    NUM_DISTANCE_PROBLEMS,
+    STORED_DTYPE,
+    ModelConfig,
+    SampledDataConfig,
+    TrialConfig,
+)
 from rlsparse.errors import CheckpointError, ConfigError
 from rlsparse.identity import canonical_json
 from rlsparse.models import companion_hash, resolve
@@ -201,6 +207,8 @@ def cpu_seconds(config: TrialConfig, num_weights: int) -> float:
     work = steps * algorithm.FLOP_PER_WEIGHT_TOKEN
     num_scores = len(config.snapshot_steps) + 1 if config.probe.score_snapshots else 2
     work += 2.0 * num_scores * task.num_eval_problems
+    # The divergence to the base: samples, and a pass of both models over them.
+    work += 6.0 * (num_scores - 1) * min(task.num_eval_problems, NUM_DISTANCE_PROBLEMS)
     samples_first = getattr(algorithm, "data", "sampled") == "sampled"
     if isinstance(algorithm, SampledDataConfig) and samples_first:
         work += 2.0 * task.num_train_problems * algorithm.num_samples_per_prompt

@@ -270,6 +270,10 @@ class TrainConfig(Config):
         return self
 
 
+NUM_DISTANCE_PROBLEMS = 256
+"""Test problems, at most, on which the KL divergence to the base is measured."""
+
+
 class ProbeConfig(Config):
     """What is measured while training.
 

@@ -20,7 +20,7 @@ from transformers import PrinterCallback
 
 from rlsparse import tables
 from rlsparse.algorithms import ALGORITHMS, TrialContext
-from rlsparse.config import TrialConfig
+from rlsparse.config import NUM_DISTANCE_PROBLEMS, TrialConfig
 from rlsparse.errors import TrialError
 from rlsparse.models.loading import TORCH_DTYPES, load_model, load_tokenizer
 from rlsparse.optim import select_trainable
@@ -30,8 +30,6 @@ from rlsparse.tasks import Problem, Task, load_reward, load_task, render_prompts
 from rlsparse.tasks.generate import Score, evaluate, kl_divergence
 
 _MEDIAN_SAMPLE = 2**22
-NUM_DISTANCE_PROBLEMS = 256
-"""Test problems, at most, on which the distance from the base is measured."""
 
 
 def train_trial(

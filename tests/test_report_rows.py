@@ -502,7 +502,7 @@ def test_what_an_outcome_says_behind_its_verdict():
         claim(outcome=None),
     ]
     rows = claim_rows(make_tables(claims=claims))
-    assert [row["qualifier"] for row in rows] == ["as seed 3: failed"] * 2 + ["", ""]
+    assert [row["qualifier"] for row in rows] == ["seed 3: failed"] * 2 + ["", ""]
 
 
 NO_ESTIMATE = {"estimate": None}

@@ -73,7 +73,7 @@ def _qualifier(claim: Row) -> str:
     outcome, verdict = claim.get("outcome") or "", f"{claim['verdict']}, "
     if not outcome.startswith(verdict):
         return ""
-    words = outcome.removeprefix(verdict).removesuffix(f" ({claim['scope']})")
+    words = outcome.removeprefix(verdict).removesuffix(f" ({claim['scope']})").removeprefix("as ")
     return words if claim["estimate"] is None else words.rpartition(": ")[0]
 
 
