@@ -31,6 +31,7 @@ from report_study import (
     trial,
 )
 
+from rlsparse import tables
 from rlsparse.report.formats import NOTHING, duration, interval_texts, number, p_value, percent
 from rlsparse.report.overlap_rows import with_lifts
 from rlsparse.report.pairs import pairs_of
@@ -632,3 +633,12 @@ def test_what_is_printed_has_all_details(page):
     assert page.locator("details:not([open])").count() == 0
     page.emulate_media(media="print")
     assert not page.locator("nav").is_visible()
+
+
+def test_an_effect_without_any_pair_has_a_row(tmp_path):
+    """Its p is null, its floor is 1."""
+    made = make_tables()
+    lost = {"estimate": None, "ci_low": None, "ci_high": None, "p_value": None, "p_floor": 1.0}
+    rows = [row | lost | {"num_runs": 0} for row in made["effects"].to_pylist()]
+    made["effects"] = tables.from_rows(rows, "effects")
+    assert build_report(make_study(), made, tmp_path, provenance={}).exists()
