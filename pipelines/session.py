@@ -9,6 +9,7 @@ from typing import Any
 from rlsparse.errors import ConfigError
 
 _REMEDY = "start it with `ray up` or `ray start --head`, or leave --address out"
+_LOGIN = "if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN; else"
 _CONNECT_TIMEOUT_S = 10
 
 
@@ -49,7 +50,9 @@ class RaySession:
             ray.init(**settings)
         except ConnectionError as error:
             reason = str(error).splitlines()[0]
-            raise ConfigError(f"no Ray cluster at {self._address}: {reason}; {_REMEDY}") from error
+            raise ConfigError(
+                f"no Ray cluster at {self._address}: {reason}; {_LOGIN} {_REMEDY}"
+            ) from error
         self._started = True
         ray.data.DataContext.get_current().enable_progress_bars = False
         for name in ("ray.data", "ray.tune"):

@@ -57,6 +57,7 @@ def session() -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="rls")  # not tmp_path: paths of sockets must be short
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray sets it, for all later tests
         try:
             ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False,
                      logging_level="critical")  # fmt: skip
