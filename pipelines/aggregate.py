@@ -14,19 +14,19 @@ import pyarrow.compute as pc
 from pipelines import record
 from pipelines.storage import Storage
 from pipelines.table_files import read_parts, read_table, table_file, write_table
-from rlsparse.changes import (
+from rlsparse.claims import judge
+from rlsparse.effects import effects
+from rlsparse.effects.changes import (
     CHANGES_COLUMNS,
     MAGNITUDES_COLUMNS,
     sum_changes,
     sum_magnitudes,
 )
-from rlsparse.claims import judge
-from rlsparse.effects import effects
+from rlsparse.effects.factorial import factorial
+from rlsparse.effects.overlap_effects import overlap_effects
+from rlsparse.effects.responses import responses
 from rlsparse.errors import TableError
-from rlsparse.factorial import factorial
-from rlsparse.overlap_effects import overlap_effects
 from rlsparse.report.study_page import build_report
-from rlsparse.responses import responses
 from rlsparse.schemas import SCHEMAS
 from rlsparse.study import StudyBase
 

@@ -22,13 +22,21 @@ from pipelines.plan import Plan
 from pipelines.storage import Storage
 from pipelines.table_files import read_table
 from rlsparse.checkpoint import Checkpoint
-from rlsparse.comparison import Comparison, compare
-from rlsparse.comparison import MeasuredRun as MeasuredRun
-from rlsparse.consensus import consensus
 from rlsparse.errors import RlsparseError
-from rlsparse.mask_counts import Job, MaskCounts, Totals, Weights, count_job, jobs, weights_of
 from rlsparse.models import TINY
 from rlsparse.overlap import overlaps
+from rlsparse.overlap.comparison import Comparison, compare
+from rlsparse.overlap.comparison import MeasuredRun as MeasuredRun
+from rlsparse.overlap.consensus import consensus
+from rlsparse.overlap.mask_counts import (
+    Job,
+    MaskCounts,
+    Totals,
+    Weights,
+    count_job,
+    jobs,
+    weights_of,
+)
 from rlsparse.patch import PATCH_FILE
 from rlsparse.patch.side import open_side
 from rlsparse.schemas import SCHEMAS

@@ -1,6 +1,6 @@
 """``rlsparse overlap``: which weights several runs changed alike, beside what chance explains.
 
-The command is registered in ``cli``; what it measures is ``rlsparse.mask_set``.
+The command is registered in ``cli``; what it measures is ``rlsparse.overlap.mask_set``.
 """
 
 import json
@@ -53,7 +53,7 @@ def overlap(
     """Say how much the changed weights of several runs overlap, and how much chance explains."""
     if view not in VIEWS:
         raise ConfigError(f"--view {view}: choose of {', '.join(VIEWS)}")
-    from rlsparse.mask_set import compare_masks, last_snapshot
+    from rlsparse.overlap.mask_set import compare_masks, last_snapshot
 
     rows = [_measures(row) for row in compare_masks(masks, base=base, view=view)]
     taken = {place: patch.parent.name for place in masks if (patch := last_snapshot(place))}

@@ -8,9 +8,9 @@ from pathlib import Path
 from pipelines import record
 from pipelines.ledger import Entry, Ledger
 from pipelines.storage import Storage
-from rlsparse.comparison import MeasuredRun
 from rlsparse.errors import ConfigError
 from rlsparse.models import TINY
+from rlsparse.overlap.comparison import MeasuredRun
 from rlsparse.pair_runs import PairRun, pair_runs
 from rlsparse.pair_table import read_pairs
 from rlsparse.study import PairStudy

@@ -8,7 +8,7 @@ import pyarrow as pa
 from planted import FLOATS, Tensor, unsigned, write_folder
 
 from rlsparse import tables
-from rlsparse.comparison import MeasuredRun
+from rlsparse.overlap.comparison import MeasuredRun
 
 SHAPES = {
     "model.layers.0.self_attn.k_proj.weight": (12, 16),

@@ -18,14 +18,15 @@ from pydantic import TypeAdapter
 from scipy import special
 from test_effects import make_study, trials_of
 
-from rlsparse import cases, claims, effects, tables
+from rlsparse import claims, effects, tables
 from rlsparse.claim_config import Claim
+from rlsparse.claims import cases
+from rlsparse.claims.evidence import Design
+from rlsparse.claims.observations import Observations, observe
 from rlsparse.definitions import DEFINITIONS
-from rlsparse.evidence import Design
+from rlsparse.effects.responses import responses
 from rlsparse.identity import canonical_json
 from rlsparse.levels import put
-from rlsparse.observations import Observations, observe
-from rlsparse.responses import responses
 from rlsparse.schemas import SCHEMAS
 from rlsparse.study import Study, Trial
 

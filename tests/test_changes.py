@@ -9,13 +9,13 @@ import pyarrow.compute as pc
 import pytest
 
 from rlsparse import tables
-from rlsparse.changes import (
+from rlsparse.definitions import DEFINITIONS, NUM_MAGNITUDE_BINS, ULP_BINS
+from rlsparse.effects.changes import (
     CHANGES_COLUMNS,
     MAGNITUDES_COLUMNS,
     sum_changes,
     sum_magnitudes,
 )
-from rlsparse.definitions import DEFINITIONS, NUM_MAGNITUDE_BINS, ULP_BINS
 from rlsparse.errors import TableError
 
 Row = dict[str, Any]

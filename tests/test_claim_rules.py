@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rlsparse.claim_rules import Region, Rule
-from rlsparse.contrasts import Contrast
+from rlsparse.claims.contrasts import Contrast
+from rlsparse.claims.rules import Region, Rule
 
 
 def rule(region: Region, others: Region | None = None, decides: str = "all") -> Rule:

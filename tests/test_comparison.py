@@ -6,7 +6,7 @@ import pytest
 from planted_masks import a_run
 
 from rlsparse.claim_config import AboveNullClaim, At, BelowNullClaim
-from rlsparse.comparison import compare, references
+from rlsparse.overlap.comparison import compare, references
 from rlsparse.study import StudyBase
 
 

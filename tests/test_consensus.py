@@ -12,9 +12,9 @@ from planted_masks import MODULES, SHAPES, Planted, a_run, plant_runs
 
 from rlsparse import tables
 from rlsparse.checkpoint import Checkpoint
-from rlsparse.comparison import compare
-from rlsparse.consensus import consensus
 from rlsparse.overlap import count_masks
+from rlsparse.overlap.comparison import compare
+from rlsparse.overlap.consensus import consensus
 from rlsparse.study import StudyBase
 
 STUDY = StudyBase(name="study", question="?")

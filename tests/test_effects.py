@@ -13,8 +13,8 @@ from scipy import stats
 from rlsparse import effects, tables
 from rlsparse.config import ModelConfig
 from rlsparse.definitions import DEFINITIONS
+from rlsparse.effects.responses import responses
 from rlsparse.identity import canonical_json
-from rlsparse.responses import responses
 from rlsparse.study import Study, Trial, expand
 
 N = 1_000_000

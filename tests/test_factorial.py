@@ -13,8 +13,8 @@ from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multitest import multipletests
 from test_effects import make_study, make_tables, pick, trials_of
 
-from rlsparse.factorial import factorial
-from rlsparse.responses import responses
+from rlsparse.effects.factorial import factorial
+from rlsparse.effects.responses import responses
 from rlsparse.study import Study, Trial
 
 KL, CLIP = "algorithm.kl_coef", "train.max_grad_norm"

@@ -10,8 +10,8 @@ import safetensors.numpy
 
 from rlsparse.checkpoint import Checkpoint, fingerprint
 from rlsparse.errors import CheckpointError, ConfigError
-from rlsparse.mask_set import compare_masks
 from rlsparse.masks import pack, write_masks
+from rlsparse.overlap.mask_set import compare_masks
 from rlsparse.patch import PATCH_FILE, TensorPair, write_patch
 
 SHAPES = {"model.layers.0.mlp.up_proj.weight": (64, 48), "model.norm.weight": (48,)}

@@ -8,9 +8,10 @@ import pytest
 import scipy.stats
 from planted import FLOATS, unsigned
 
-from rlsparse import kernels, nulls
+from rlsparse import kernels
 from rlsparse.errors import TableError
-from rlsparse.strata import count_strata, magnitude_labels, update_size_labels
+from rlsparse.overlap import nulls
+from rlsparse.overlap.strata import count_strata, magnitude_labels, update_size_labels
 
 
 def test_expected_in_both_is_the_mean_over_all_masks() -> None:

@@ -12,9 +12,9 @@ from planted_masks import MODULES, SHAPES, Planted, a_run, plant_runs
 from rlsparse import overlap, tables
 from rlsparse.checkpoint import Checkpoint
 from rlsparse.claim_config import AboveNullClaim, At
-from rlsparse.comparison import compare
 from rlsparse.errors import TableError
-from rlsparse.mask_counts import Place, add_up, count_chunk, count_job, jobs, weights_of
+from rlsparse.overlap.comparison import compare
+from rlsparse.overlap.mask_counts import Place, add_up, count_chunk, count_job, jobs, weights_of
 from rlsparse.study import StudyBase
 from rlsparse.tensor_file import bits_dtype
 

@@ -10,7 +10,8 @@ import pytest
 from scipy import stats
 from test_effects import make_study, make_tables, pick, trials_of
 
-from rlsparse import overlap_effects, tables
+from rlsparse import tables
+from rlsparse.effects import overlap_effects
 from rlsparse.study import Study, Trial
 
 KL, CLIP = "algorithm.kl_coef", "train.max_grad_norm"

@@ -6,9 +6,9 @@ import pyarrow as pa
 import pytest
 from test_effects import N, make_study, make_tables, odds, trials_of
 
-from rlsparse import responses
 from rlsparse.claim_config import At
 from rlsparse.definitions import DEFINITIONS
+from rlsparse.effects import responses
 
 
 def test_responses_by_hand() -> None:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from test_effects import make_study, make_tables, trials_of
 
-from rlsparse import selection
+from rlsparse.effects import selection
+from rlsparse.effects.selection import Pair
 from rlsparse.identity import canonical_json
-from rlsparse.selection import Pair
 from rlsparse.study import Study
 
 

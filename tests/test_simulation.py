@@ -39,11 +39,12 @@ from simulated import (
     views,
 )
 
-from rlsparse import claims, effects, overlap_effects
+from rlsparse import claims, effects
 from rlsparse.claim_config import Claim
-from rlsparse.factorial import factorial
+from rlsparse.effects import overlap_effects
+from rlsparse.effects.factorial import factorial
+from rlsparse.effects.responses import responses
 from rlsparse.identity import canonical_json
-from rlsparse.responses import responses
 
 pytestmark = pytest.mark.slow
 

@@ -36,12 +36,12 @@ from simulated import (
 from pipelines import collect, record
 from pipelines.storage import Storage
 from rlsparse import effects
+from rlsparse.effects.factorial import factorial
+from rlsparse.effects.responses import responses
 from rlsparse.errors import TrialError
-from rlsparse.factorial import factorial
 from rlsparse.identity import canonical_json
 from rlsparse.levels import put
 from rlsparse.patch import PATCH_FILE, TensorPair, write_patch
-from rlsparse.responses import responses
 from rlsparse.study import Trial
 from rlsparse.tables import snapshot_folder
 

@@ -12,7 +12,7 @@ import pytest
 from planted import FLOATS, Tensor, unsigned, write_folder
 
 from rlsparse.definitions import NULLS
-from rlsparse.mask_set import compare_masks
+from rlsparse.overlap.mask_set import compare_masks
 
 pytestmark = pytest.mark.slow
 

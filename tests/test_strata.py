@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from planted import FLOATS, unsigned
 
-from rlsparse import kernels, strata
+from rlsparse import kernels
 from rlsparse.definitions import NUM_MAGNITUDE_BINS
-from rlsparse.strata import NUM_TIE_BINS
+from rlsparse.overlap import strata
+from rlsparse.overlap.strata import NUM_TIE_BINS
 
 NONFINITE = NUM_MAGNITUDE_BINS * NUM_TIE_BINS
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from rlsparse.definitions import DEFINITIONS, NULLS
 from rlsparse.effects import BOOTSTRAP, UNPAIRED
+from rlsparse.effects.responses import FAILED
 from rlsparse.identity import canonical_json
 from rlsparse.report import charts, formats, heat_maps, strips, svg
 from rlsparse.report.curve_rows import curve_rows, magnitude_rows, rank_rows
@@ -40,7 +41,6 @@ from rlsparse.report.verdict_rows import (
     shared_scope,
     term_rows,
 )
-from rlsparse.responses import FAILED
 from rlsparse.study import StudyBase
 
 __all__ = ["build_report", "claim_rows", "summary_rows"]

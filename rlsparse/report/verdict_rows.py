@@ -7,7 +7,7 @@ from operator import itemgetter
 
 from scipy.special import stdtr, stdtrit
 
-from rlsparse.overlap_effects import OTHER_SEED
+from rlsparse.effects.overlap_effects import OTHER_SEED
 from rlsparse.report.rows import Row, Tables, parsed, rows_of
 
 _LIFT = "observed / expected"

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from pipelines import aggregate, study
 from pipelines.table_files import read_parts, read_table, write_table
-from rlsparse.changes import sum_changes, sum_magnitudes
+from rlsparse.effects.changes import sum_changes, sum_magnitudes
 from rlsparse.errors import TableError
 
 ABSENT = (

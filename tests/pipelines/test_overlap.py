@@ -23,12 +23,12 @@ from pipelines.table_files import write_table
 from rlsparse import tables
 from rlsparse.checkpoint import Checkpoint, fingerprint
 from rlsparse.claim_config import AboveNullClaim, At
-from rlsparse.comparison import compare
-from rlsparse.consensus import consensus
 from rlsparse.deltas import measure_patch
 from rlsparse.errors import TableError
 from rlsparse.models import TINY
 from rlsparse.overlap import count_masks, overlaps
+from rlsparse.overlap.comparison import compare
+from rlsparse.overlap.consensus import consensus
 from rlsparse.patch import PATCH_FILE, TensorPair, write_patch
 from rlsparse.patch.side import open_side
 from rlsparse.study import Study, StudyBase

@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 
 from rlsparse.claim_config import At
+from rlsparse.effects.selection import value_at
 from rlsparse.identity import canonical_json
 from rlsparse.levels import canonical_path
-from rlsparse.selection import value_at
 from rlsparse.study import Study, StudyBase
 
 TINY_CAVEAT = "checks the pipeline, is no evidence about LLMs"

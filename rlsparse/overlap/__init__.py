@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from rlsparse import tables
 from rlsparse.checkpoint import Checkpoint
-from rlsparse.comparison import Comparison
-from rlsparse.mask_counts import (
+from rlsparse.overlap.comparison import Comparison
+from rlsparse.overlap.mask_counts import (
     MaskCounts,
     Sums,
     Totals,
@@ -25,7 +25,7 @@ from rlsparse.mask_counts import (
     jobs,
     weights_of,
 )
-from rlsparse.nulls import random_in_both
+from rlsparse.overlap.nulls import random_in_both
 from rlsparse.schemas import SCHEMAS
 
 Floats = npt.NDArray[np.float64]

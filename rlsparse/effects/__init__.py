@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rlsparse import tables
-from rlsparse.responses import FAILED, scale_of, scaled
-from rlsparse.selection import ENDED, Contrast, Pair, contrasts, seed_means, with_configs
+from rlsparse.effects.responses import FAILED, scale_of, scaled
+from rlsparse.effects.selection import ENDED, Contrast, Pair, contrasts, seed_means, with_configs
 from rlsparse.statistics import (
     CI_LEVEL,
     MIN_BOOTSTRAP,

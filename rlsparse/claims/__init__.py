@@ -2,7 +2,7 @@
 
 The unit is the seed (runs that share one are averaged first); fractions are compared as log odds,
 densities and KL as log ratios, overlaps as log(observed / expected); the interval is Student's t.
-Which interval decides what is in ``claim_rules``. Fewer than four seeds decide nothing.
+Which interval decides what is in ``rules``. Fewer than four seeds decide nothing.
 
 Multiplicity: Holm over all claims but ``exact`` ones, undecidable ones counted as p = 1. A claim's
 p value is the level at which it would just be decided, so that a verdict is reached exactly if the
@@ -24,14 +24,14 @@ import numpy as np
 import pyarrow as pa
 
 from rlsparse import statistics, tables
-from rlsparse.cases import REFUTED, SUPPORTED, UNDECIDED, Case, make_case
 from rlsparse.claim_config import ExactClaim
-from rlsparse.claim_rules import misfit
+from rlsparse.claims.cases import REFUTED, SUPPORTED, UNDECIDED, Case, make_case
+from rlsparse.claims.observations import IDENTICAL, Observations, Response, observe
+from rlsparse.claims.rules import misfit
+from rlsparse.claims.words import scope
 from rlsparse.definitions import DEFINITIONS
 from rlsparse.identity import canonical_json
-from rlsparse.observations import IDENTICAL, Observations, Response, observe
 from rlsparse.study import StudyBase
-from rlsparse.verdict_words import scope
 
 ALPHA = 0.05
 

@@ -16,18 +16,18 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from rlsparse.checkpoint import Checkpoint, chunks
-from rlsparse.comparison import Comparison
 from rlsparse.errors import TableError
 from rlsparse.kernels import agreement, popcount_and, stripe_counts
 from rlsparse.matching import match_tensors
 from rlsparse.names import layer_and_module
-from rlsparse.nulls import (
+from rlsparse.overlap.comparison import Comparison
+from rlsparse.overlap.nulls import (
     expected_agreement,
     expected_in_both,
     expected_of_margins,
     pair_products,
 )
-from rlsparse.strata import (
+from rlsparse.overlap.strata import (
     Counts,
     Floats,
     Strata,

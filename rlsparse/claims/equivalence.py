@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rlsparse import selection
 from rlsparse.claim_config import EquivalentClaim
-from rlsparse.contrasts import Evidence, Item, Obstacle, Reader, contrast, joined
-from rlsparse.selection import Pair
+from rlsparse.claims.contrasts import Evidence, Item, Obstacle, Reader, contrast, joined
+from rlsparse.effects import selection
+from rlsparse.effects.selection import Pair
 
 SENSITIVITY_LEVEL = 0.9
 KL_COEF = "algorithm.kl_coef"

@@ -8,17 +8,17 @@ import pandas as pd
 
 from rlsparse import statistics
 from rlsparse.claim_config import Claim, OverlapClaim, RecoversClaim, ReproducesClaim
-from rlsparse.claim_rules import Rule, misfit, rule
-from rlsparse.contrasts import MORE_SEEDS, Contrast, Evidence, Missing, Obstacle
+from rlsparse.claims.contrasts import MORE_SEEDS, Contrast, Evidence, Missing, Obstacle
+from rlsparse.claims.evidence import Design, design, evidence
+from rlsparse.claims.observations import Observations, Response
+from rlsparse.claims.overlap_evidence import STRONGER, known_nulls, left_out_pairs
+from rlsparse.claims.rules import Rule, misfit, rule
+from rlsparse.claims.words import NUM_NAMED, interpolated, interval, number, scope
 from rlsparse.definitions import DEFINITIONS
-from rlsparse.evidence import Design, design, evidence
+from rlsparse.effects.responses import FAILED
+from rlsparse.effects.selection import ENDED, FINISHED
 from rlsparse.identity import canonical_json
-from rlsparse.observations import Observations, Response
-from rlsparse.overlap_evidence import STRONGER, known_nulls, left_out_pairs
-from rlsparse.responses import FAILED
-from rlsparse.selection import ENDED, FINISHED
 from rlsparse.study import MIN_SEEDS, StudyBase
-from rlsparse.verdict_words import NUM_NAMED, interpolated, interval, number, scope
 
 SUPPORTED, REFUTED, UNDECIDED = "supported", "refuted", "undecided"
 RERUN = "run the missing trials"

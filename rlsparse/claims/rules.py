@@ -28,10 +28,10 @@ from rlsparse.claim_config import (
     ReproducesClaim,
     WithinClaim,
 )
-from rlsparse.contrasts import Contrast, Obstacle
+from rlsparse.claims.contrasts import Contrast, Obstacle
+from rlsparse.claims.observations import IDENTICAL, Response
 from rlsparse.definitions import DEFINITIONS
-from rlsparse.observations import IDENTICAL, Response
-from rlsparse.responses import Scale, scale_of
+from rlsparse.effects.responses import Scale, scale_of
 
 MAX_SEEDS = 200
 DEFAULT_RATIO, DEFAULT_DIFFERENCE = 1.25, 0.02

@@ -10,11 +10,11 @@ from typing import Any, get_args
 
 import numpy as np
 
-from rlsparse import selection
 from rlsparse.claim_config import Null, OverlapClaim
-from rlsparse.contrasts import MORE_SEEDS, Contrast, Evidence, Obstacle
+from rlsparse.claims.contrasts import MORE_SEEDS, Contrast, Evidence, Obstacle
+from rlsparse.claims.observations import Observations, Response, Settings
 from rlsparse.definitions import NULLS
-from rlsparse.observations import Observations, Response, Settings
+from rlsparse.effects import selection
 from rlsparse.statistics import Floats, jackknife
 from rlsparse.study import MIN_SEEDS, SURROGATES
 

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from rlsparse import selection
 from rlsparse.claim_config import (
     AssociatedClaim,
     Claim,
@@ -27,7 +26,7 @@ from rlsparse.claim_config import (
     ReproducesClaim,
     WithinClaim,
 )
-from rlsparse.contrasts import (
+from rlsparse.claims.contrasts import (
     MORE_SEEDS,
     Contrast,
     Evidence,
@@ -39,13 +38,14 @@ from rlsparse.contrasts import (
     joined,
     unmoved,
 )
-from rlsparse.equivalence import equivalent
+from rlsparse.claims.equivalence import equivalent
+from rlsparse.claims.observations import Observations, Response
+from rlsparse.claims.overlap_evidence import Ends, overlap_evidence, overlap_pairs
+from rlsparse.effects import selection
+from rlsparse.effects.responses import Scale, scale_of
+from rlsparse.effects.selection import Pair
 from rlsparse.identity import canonical_json
 from rlsparse.levels import level_label, tags_of
-from rlsparse.observations import Observations, Response
-from rlsparse.overlap_evidence import Ends, overlap_evidence, overlap_pairs
-from rlsparse.responses import Scale, scale_of
-from rlsparse.selection import Pair
 from rlsparse.statistics import Floats
 from rlsparse.study import MIN_SEEDS
 

@@ -9,10 +9,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rlsparse import responses, selection
 from rlsparse.claim_config import At, ClaimBase, OverlapClaim
 from rlsparse.definitions import NULLS
-from rlsparse.responses import FAILED, Scale
+from rlsparse.effects import responses, selection
+from rlsparse.effects.responses import FAILED, Scale
 from rlsparse.statistics import Floats, log_density, odds_unchanged
 from rlsparse.study import StudyBase
 

@@ -22,10 +22,10 @@ from scipy import special
 
 from rlsparse import tables
 from rlsparse.claim_config import InteractionClaim
+from rlsparse.effects.responses import scale_of, scaled
+from rlsparse.effects.selection import value_at, with_configs
 from rlsparse.identity import canonical_json
 from rlsparse.levels import canonical_path, level_label, order_of, tags_of
-from rlsparse.responses import scale_of, scaled
-from rlsparse.selection import value_at, with_configs
 from rlsparse.statistics import CI_LEVEL, Floats, holm, without_nan
 from rlsparse.study import StudyBase, left_out
 

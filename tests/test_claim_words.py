@@ -7,7 +7,7 @@ import pytest
 from test_effects import make_study, trials_of
 
 from rlsparse.claim_config import At
-from rlsparse.verdict_words import interval, number, place, scope
+from rlsparse.claims.words import interval, number, place, scope
 
 
 @pytest.mark.parametrize(

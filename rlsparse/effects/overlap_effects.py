@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rlsparse import tables
+from rlsparse.effects.selection import FINISHED, Pair, apart, contrasts, having, with_configs
 from rlsparse.identity import canonical_json
 from rlsparse.levels import level_label, tags_of
-from rlsparse.selection import FINISHED, Pair, apart, contrasts, having, with_configs
 from rlsparse.statistics import (
     CI_LEVEL,
     Floats,

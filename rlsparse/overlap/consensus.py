@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from rlsparse import tables
-from rlsparse.mask_counts import Sums, Totals
-from rlsparse.nulls import expected_agreement
+from rlsparse.overlap.mask_counts import Sums, Totals
+from rlsparse.overlap.nulls import expected_agreement
 
 
 def consensus(totals: Totals) -> pa.Table:

@@ -9,7 +9,6 @@ import pyarrow as pa
 
 from rlsparse import tables
 from rlsparse.checkpoint import Checkpoint, fingerprint
-from rlsparse.comparison import Comparison
 from rlsparse.config import ModelConfig
 from rlsparse.deltas import mask_rows
 from rlsparse.diff import diff_checkpoints
@@ -17,6 +16,7 @@ from rlsparse.errors import CheckpointError, ConfigError
 from rlsparse.masks import read_masks
 from rlsparse.models import resolve
 from rlsparse.overlap import count_masks, overlaps
+from rlsparse.overlap.comparison import Comparison
 from rlsparse.patch import PATCH_FILE
 from rlsparse.patch.side import open_side
 

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 from scipy import special
 
-from rlsparse import responses, selection
 from rlsparse.claim_config import At
+from rlsparse.claims.observations import UNFINISHED, Observations, Response
+from rlsparse.effects import responses, selection
+from rlsparse.effects.responses import Scale
+from rlsparse.effects.selection import Pair
 from rlsparse.levels import touches
-from rlsparse.observations import UNFINISHED, Observations, Response
-from rlsparse.responses import Scale
-from rlsparse.selection import Pair
 from rlsparse.statistics import Floats
 from rlsparse.study import MIN_SEEDS
 
