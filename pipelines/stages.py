@@ -16,6 +16,7 @@ from pipelines.session import RaySession
 from pipelines.storage import Storage
 from pipelines.table_files import table_file, write_table
 from rlsparse.identity import canonical_json
+from rlsparse.overlap.comparison import asked
 from rlsparse.schemas import SCHEMA_VERSION
 from rlsparse.study import StudyBase
 
@@ -55,8 +56,7 @@ def conclude_study(
     Returns:
         What the results depend on, for stages that follow.
     """
-    inputs: Inputs = {
-        "study": study.model_dump(mode="json"),
+    shared: Inputs = {
         "trials": dict(states),
         "rlsparse": version("rlsparse"),
         "schema": SCHEMA_VERSION,
@@ -72,7 +72,9 @@ def conclude_study(
             write_table(storage, table, name)
 
     made = [table_file(name) for name in ("overlaps", "consensus")]
-    run_stage(storage, "overlap", inputs, made, overlap)
+    # What tells cells, and what is asked; a claim that comes late makes nothing be counted anew.
+    cells = study.model_dump(mode="json", include={"factors", "baseline", "controls", "settings"})
+    run_stage(storage, "overlap", shared | {"study": cells, "asked": asked(study)}, made, overlap)
     registered = record.registration(storage, study, seeds)
 
     def conclude() -> None:
@@ -81,8 +83,13 @@ def conclude_study(
         tables = aggregate.conclude(study, storage, registered, allow_missing=allow_missing)
         aggregate.write_report(study, storage, tables, allow_missing=allow_missing)
 
-    inputs |= {"registered": registered, "provenance": record.provenance(storage)}
-    inputs |= {"allow_missing": allow_missing, "told": dict(told or {})}
+    inputs = shared | {
+        "study": study.model_dump(mode="json"),
+        "registered": registered,
+        "provenance": record.provenance(storage),
+        "allow_missing": allow_missing,
+        "told": dict(told or {}),
+    }
     made = [table_file(name) for name in (*GIVEN, *CONCLUDED)]
     made += [f"report/{name}" for name in REPORT_FILES]
     run_stage(storage, "aggregate", inputs, made, conclude)

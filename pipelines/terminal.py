@@ -99,4 +99,7 @@ def _table(title: str, first: str, *others: str, right: Iterable[str] | None = N
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+    """Four digits; whole numbers, such as those of checks, without any behind the point."""
+    if value is None:
+        return ""
+    return f"{value:.4g}" if value == round(value) else f"{value:#.4g}"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator
 
 from rlsparse.claim_config import Claim
 from rlsparse.config import AlgorithmConfig, ModelConfig, TrialConfig
@@ -73,16 +73,11 @@ class StudyBase(Config):
     spectrum: Literal["off", "auto", "exact"] = "off"
     claims: tuple[Claim, ...] = ()
 
-    @model_validator(mode="after")
-    def _distinct(self) -> "StudyBase":
-        given: list[tuple[str, list[str]]] = [
-            ("controls", list(self.controls)),
-            ("views", list(self.views)),
-            ("claim ids", [claim.id for claim in self.claims]),
-        ]
-        for what, values in given:
-            refuse_twice(what, values)
-        return self
+    @field_validator("controls", "views", "claims")
+    @classmethod
+    def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        _refuse_twice([getattr(value, "id", value) for value in values])
+        return values
 
     @property
     def default_view(self) -> View:
@@ -108,10 +103,11 @@ class Study(StudyBase):
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1)]
     resources: Resources = Resources()
 
-    @model_validator(mode="after")
-    def _distinct_seeds(self) -> "Study":
-        refuse_twice("seeds", [str(seed) for seed in self.seeds])
-        return self
+    @field_validator("seeds")
+    @classmethod
+    def _distinct_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        _refuse_twice(seeds)
+        return seeds
 
     def reference_level(self, path: str) -> str:
         """The baseline's own value when it is a level, else the first level."""
@@ -144,11 +140,11 @@ class PairStudy(StudyBase):
         return level_label(self.reference.get(path, self.factors[path][0]))
 
 
-def refuse_twice(what: str, values: Sequence[str]) -> None:
+def _refuse_twice(values: Sequence[Any]) -> None:
     """Raise ValueError if a value is there more than once."""
-    twice = sorted({value for value in values if values.count(value) > 1})
+    twice = sorted({str(value) for value in values if values.count(value) > 1})
     if twice:
-        raise ValueError(f"{what} {twice} given more than once")
+        raise ValueError(f"{', '.join(twice)} given more than once")
 
 
 @dataclass(frozen=True)

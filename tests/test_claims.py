@@ -133,7 +133,7 @@ def test_greater_by_hand() -> None:
     assert row["verdict"] == "supported"
     assert row["estimate"] == pytest.approx((0.95 / 0.05) / (0.9 / 0.1), rel=1e-2)
     assert (row["margin"], row["num_runs"], row["depends_on_definition"]) == (1.0, 4, False)
-    assert "below the floor of an exact sign-flip" in str(row["note"])
+    assert "rests on t: 4 seeds give an exact test p 0.125 at best" in str(row["note"])
     assert "odds ratio of sparsity.bitwise@stored, a over b" in str(row["statistic"])
     assert one({**CLIPPED, "margin": 2.0}, clip_lowers)["verdict"] == "supported"
     assert one({**CLIPPED, "margin": 2.2}, clip_lowers)["verdict"] == "refuted"

@@ -99,8 +99,9 @@ class Case:
         row["outcome"] = f"{named}{reading} ({where})"
         notes = ["" if self.lost and self.lost in why else self.lost, why, *self.own.remarks]
         notes += [self._prediction(), self._bounds()]
-        if verdict != UNDECIDED and p_value < statistics.sign_flip_floor(num_runs):
-            notes.append("p is below the floor of an exact sign-flip test")
+        floor = statistics.sign_flip_floor(num_runs)
+        if verdict != UNDECIDED and p_value < floor:
+            notes.append(f"rests on t: {num_runs} seeds give an exact test p {floor:g} at best")
         row |= self._robustness(verdict, alpha, notes)
         row["note"] = "; ".join(filter(None, notes))
         return row

@@ -86,7 +86,10 @@ def _insensitive(reader: Reader, claim: EquivalentClaim) -> list[Obstacle]:
     found = contrast(reader, items)
     if found.obstacles:
         return [
-            one._replace(why=f"no sign of sensitivity: lr_times_3: {one.why}")
+            Obstacle(
+                f"no sign of sensitivity: lr_times_3: {one.why}",
+                one.remedy and f"for the control lr_times_3, {one.remedy}",
+            )
             for one in found.obstacles
         ]
     moved, edge = found.contrasts[0], np.log(claim.margin)

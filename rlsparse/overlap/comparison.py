@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,6 +128,17 @@ def _pairs(sets: Sequence[Sequence[int]]) -> NDArray[np.int64]:
     return np.concatenate(parts, axis=1)
 
 
+def asked(study: StudyBase) -> dict[str, list[Any]]:
+    """What claims and views ask to be compared: the other words of claims have no say."""
+    claims = [claim for claim in study.claims if isinstance(claim, OverlapClaim)]
+    return {
+        "views": list(study.measured_views),
+        "steps": sorted({c.at.step for c in claims if c.at is not None and c.at.step is not None}),
+        "tensors": sorted({claim.tensor for claim in claims if claim.tensor}),
+        "modules": sorted({claim.module for claim in claims if claim.module}),
+    }
+
+
 def compare(study: StudyBase, runs: Sequence[MeasuredRun], view: str) -> Comparison:
     """What a study compares of the runs of one base.
 
@@ -136,10 +147,10 @@ def compare(study: StudyBase, runs: Sequence[MeasuredRun], view: str) -> Compari
         runs: finished runs of one base, each once; controls and replicates too.
         view: number format of the masks.
     """
-    claims = [claim for claim in study.claims if isinstance(claim, OverlapClaim)]
-    named = sorted({c.at.step for c in claims if c.at is not None and c.at.step is not None})
+    named = asked(study)
     last = [(run.trial_id, run.steps[-1]) for run in runs]
-    moments = [last] + [[(run.trial_id, s) for run in runs if s in run.steps] for s in named]
+    at_steps = [[(run.trial_id, s) for run in runs if s in run.steps] for s in named["steps"]]
+    moments = [last, *at_steps]
     moments = [
         one for place, one in enumerate(moments) if len(one) > 1 and one not in moments[:place]
     ]
@@ -163,8 +174,8 @@ def compare(study: StudyBase, runs: Sequence[MeasuredRun], view: str) -> Compari
             for group, members in zip(groups, ends, strict=True)
         ),
         references=references(runs),
-        tensors=tuple(sorted({claim.tensor for claim in claims if claim.tensor})),
-        modules=tuple(sorted({claim.module for claim in claims if claim.module})),
+        tensors=tuple(named["tensors"]),
+        modules=tuple(named["modules"]),
     )
 
 

@@ -244,6 +244,24 @@ def test_again_does_nothing_again(ran):
     assert "diffing" not in again.stderr
 
 
+def test_a_claim_that_comes_late_is_judged_without_counting_again(ran, tmp_path):
+    shutil.copytree(ran.folder, tmp_path / "late", copy_function=shutil.copy2)
+    command = Command(tmp_path)
+    late = Ran(tmp_path / "late", command)
+    overlaps = late.storage / "tables" / "overlaps.parquet"
+    before, yaml = overlaps.stat().st_mtime_ns, late.folder / "trl.yaml"
+    yaml.write_text(f"{yaml.read_text()}  - {{id: late, kind: above_null}}\n")
+    done = late.run()
+    assert (done.returncode, overlaps.stat().st_mtime_ns) == (0, before)
+    assert late.table("claims").to_pylist()[-1]["registered"] == "post hoc"
+    yaml.write_text(f"{yaml.read_text()}  - {{id: early, kind: above_null, at: {{step: 2}}}}\n")
+    done = late.run()
+    command.close()
+    assert done.returncode == 0
+    assert overlaps.stat().st_mtime_ns > before
+    assert late.table("claims").to_pylist()[-1]["estimate"] is not None
+
+
 @pytest.mark.slow
 def test_what_is_wrong_with_some_runs(ran, tmp_path):
     """Only they are measured again; the others stay, and are judged from their tables alone."""

@@ -102,7 +102,7 @@ def test_claims_are_shown_with_their_scope(capsys: pytest.CaptureFixture[str]) -
             claim("third", registered="extended", scope="base other"),
         ],
     )
-    assert ["first", "supported", "1.235", "0.5 .. 2e+04", "robust"] in rows
+    assert ["first", "supported", "1.235", "0.5000 .. 2e+04", "robust"] in rows
     assert ["second", "undecided", "", "", "post hoc; late"] in rows
     assert ["third", "supported", "", "", "extended"] in rows
     assert [row[0] for row in rows[-2:]] == ["scope   base tiny", "scope   base other"]
