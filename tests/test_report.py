@@ -32,7 +32,15 @@ from report_study import (
 )
 
 from rlsparse import tables
-from rlsparse.report.formats import NOTHING, duration, interval_texts, number, p_value, percent
+from rlsparse.report.formats import (
+    NOTHING,
+    duration,
+    interval_texts,
+    measured,
+    number,
+    p_value,
+    percent,
+)
 from rlsparse.report.overlap_rows import with_lifts
 from rlsparse.report.pairs import pairs_of
 from rlsparse.report.rows import trial_rows
@@ -101,6 +109,10 @@ def test_durations_are_readable():
 def test_numbers_and_p_values():
     assert [number(v) for v in (None, 1.0, 0.12345, 3, "x", math.inf)] == [
         NOTHING, "1", "0.123", "3", "x", "∞",
+    ]  # fmt: skip
+    values = (None, 1.0, 1.2, 0.66, 0.99996, 57.96, 1234.5, 0.00090452, 1.2e-7, math.inf)
+    assert [measured(v) for v in values] == [
+        NOTHING, "1", "1.20", "0.660", "1.000", "58.0", "1234", "0.000905", "1.2e-07", "∞",
     ]  # fmt: skip
     assert [p_value(v) for v in (None, 0.0, 0.00011, 0.125, 1.0)] == [
         NOTHING, "< 0.0001", "0.00011", "0.125", "1",

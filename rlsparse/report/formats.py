@@ -36,6 +36,14 @@ def number(value: Any) -> str:
     return str(value)
 
 
+def measured(value: float | None) -> str:
+    """A measured number with three significant digits, so that those of a column line up."""
+    if value is None or not math.isfinite(value) or value == round(value):
+        return number(value)
+    decimals = 2 - math.floor(math.log10(abs(value)))
+    return f"{value:.{max(0, decimals)}f}" if decimals < 7 else number(value)
+
+
 def interval_texts(value: Any, low: Any, high: Any) -> tuple[str, str, str]:
     """An estimate and the ends of its interval, all with the decimals of three digits of the first.
 

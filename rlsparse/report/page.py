@@ -29,6 +29,7 @@ def render(template: str, content: Mapping[str, Any]) -> str:
             formats.definition,
             formats.duration,
             formats.listed,
+            formats.measured,
             formats.null_name,
             formats.number,
             formats.p_value,
