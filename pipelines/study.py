@@ -5,7 +5,10 @@ Stages: sweep (``trials/``), diff and overlap (``tables/``), aggregate (``tables
 continues after anything.
 """
 
+import _thread
 import json
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +24,8 @@ from pipelines.stages import conclude_study, run_stage
 from rlsparse.errors import ConfigError
 from rlsparse.identity import canonical_json
 from rlsparse.study import Trial
+
+_RESEND_S = 0.1
 
 
 def run_study(
@@ -211,9 +216,23 @@ def _check_environment(plan: Plan) -> None:
 
 @contextmanager
 def interrupted_says_how_to_resume(console: Console) -> Iterator[None]:
-    """Turn Ctrl-C into one line."""
+    """Turn Ctrl-C into one line.
+
+    Python drops what is raised in a finalizer; an interrupt that hits one is sent again.
+    """
+    usual = sys.unraisablehook
+
+    def resend(dropped: Any) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            threading.Timer(_RESEND_S, _thread.interrupt_main).start()
+        else:
+            usual(dropped)
+
+    sys.unraisablehook = resend
     try:
         yield
     except KeyboardInterrupt:
         console.print("interrupted; run the same command again to continue", highlight=False)
         raise SystemExit(130) from None
+    finally:
+        sys.unraisablehook = usual

@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,23 @@ def test_an_interrupt_says_how_to_go_on() -> None:
         raise KeyboardInterrupt
     assert end.value.code == 130
     assert "run the same command again" in console.file.getvalue()
+
+
+def test_an_interrupt_in_a_finalizer_is_not_lost() -> None:
+    class Unlucky:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    def work() -> None:
+        begun = time.monotonic()
+        with study.interrupted_says_how_to_resume(quiet()):
+            Unlucky()
+            while time.monotonic() < begun + 5:
+                pass
+
+    with pytest.raises(SystemExit) as end:
+        work()
+    assert end.value.code == 130
 
 
 # --- seeds -----------------------------------------------------------------------------------
