@@ -5,13 +5,13 @@ time, and of these only the columns that are summed.
 """
 
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import record
+from pipelines.record import Registration
 from pipelines.storage import Storage
 from pipelines.table_files import read_parts, read_table, table_file, write_table
 from rlsparse.claims import judge
@@ -53,12 +53,12 @@ def rebuild(storage: Storage, *, allow_missing: bool) -> tuple[StudyBase, Tables
         for stage in ("aggregate", "mlflow"):  # whose results are not those of its inputs any more
             storage.delete(f"stages/{stage}.json")
         tables = conclude(study, storage, registered, allow_missing=allow_missing)
-        write_report(study, storage, tables, allow_missing=allow_missing)
+        write_report(study, storage, tables, registered, allow_missing=allow_missing)
     return study, tables
 
 
 def conclude(
-    study: StudyBase, storage: Storage, registered: Mapping[str, str], *, allow_missing: bool
+    study: StudyBase, storage: Storage, registered: Registration, *, allow_missing: bool
 ) -> Tables:
     """Make the tables ``CONCLUDED`` of those that the stages before left, and write them.
 
@@ -67,7 +67,7 @@ def conclude(
         storage: its folder. It holds ``GIVEN`` (``trials`` with the columns config, label, and
             base: fingerprint), parts of ``tensor_deltas`` by trial and of ``base_tensors`` by the
             first 12 digits of their fingerprint, and those of ``spectra`` if the study has any.
-        registered: claim id -> registered, post hoc or extended.
+        registered: how its claims stand to those that were frozen.
         allow_missing: judge claims although trials of theirs are missing.
 
     Returns:
@@ -89,7 +89,14 @@ def conclude(
     result["effects"] = pa.concat_tables([of_runs, of_pairs], promote_options="default")
     result["terms"], result["means"] = factorial(study, trials, frame)
     result["claims"] = judge(
-        study, registered, trials, steps, changes, overlaps, allow_missing=allow_missing
+        study,
+        registered.standing,
+        trials,
+        steps,
+        changes,
+        overlaps,
+        allow_missing=allow_missing,
+        num_dropped=registered.num_dropped,
     )
     for name in CONCLUDED:
         write_table(storage, result[name], name)
@@ -123,7 +130,12 @@ def load(storage: Storage) -> Tables:
 
 
 def write_report(
-    study: StudyBase, storage: Storage, tables: Tables, *, allow_missing: bool
+    study: StudyBase,
+    storage: Storage,
+    tables: Tables,
+    registered: Registration,
+    *,
+    allow_missing: bool,
 ) -> None:
     """Write the report of a study.
 
@@ -131,6 +143,7 @@ def write_report(
         study: the study.
         storage: its folder, with its ``study.json``.
         tables: result of ``conclude``.
+        registered: as given there.
         allow_missing: as given there.
     """
     trials = tables["trials"]
@@ -141,6 +154,7 @@ def write_report(
         **{name: value for name, value in sums.items() if value is not None},
         "hosts": hosts,
         "allow_missing": allow_missing,
+        "dropped_claims": list(registered.dropped),
     }
     with tempfile.TemporaryDirectory() as folder:
         build_report(study, tables, Path(folder), provenance=provenance)

@@ -193,7 +193,7 @@ def status(
 def report(
     folder: Annotated[str, typer.Argument(metavar="DIR", show_default=False)],
     json_path: Annotated[
-        Path | None, typer.Option("--json", help="Also write report.json here.")
+        str | None, typer.Option("--json", help="Also write report.json here; - prints it alone.")
     ] = None,
     allow_missing: AllowMissing = False,
 ) -> None:
@@ -204,11 +204,13 @@ def report(
 
     storage = Storage(folder)
     study, tables = rebuild(storage, allow_missing=allow_missing)
+    if json_path is not None:
+        terminal.write_json(json_path, storage.read_bytes("report/report.json").decode().rstrip())
+    if json_path == "-":
+        return
     terminal.print_results(study, tables)
     place = terminal.relative(storage.url)
     terminal.print_places({"report": f"xdg-open {place}/report/index.html"})
-    if json_path is not None:
-        _write(json_path, storage.read_bytes("report/report.json").decode())
 
 
 app.command()(diff)
@@ -289,13 +291,6 @@ def _plan_of(place: str, storage: str, overrides: list[str] | None = None) -> "P
             f"{place}/study.json is damaged or of another release; run the study file again"
         ) from error
     return make_plan(study, folder.url.rstrip("/").rpartition("/")[0], inputs=inputs)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}; give another --json") from error
 
 
 def _print_dry_run(plan: "Plan") -> None:

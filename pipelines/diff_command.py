@@ -331,16 +331,10 @@ def _write_folder(out: Path, result: "Diff", spectra: "list[Row] | None") -> Pat
 
 
 def _write_json(path: str, result: "Diff", spectra: "list[Row] | None") -> None:
+    from pipelines.terminal import write_json
     from rlsparse.report.diff_rows import json_content
 
-    text = json.dumps(json_content(result, spectra), allow_nan=False)
-    if path == "-":
-        print(text)
-        return
-    try:
-        Path(path).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}; give another --json") from error
+    write_json(path, json.dumps(json_content(result, spectra), allow_nan=False))
 
 
 def _print(

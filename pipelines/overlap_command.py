@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -53,13 +52,14 @@ def overlap(
     """Say how much the changed weights of several runs overlap, and how much chance explains."""
     if view not in VIEWS:
         raise ConfigError(f"--view {view}: choose of {', '.join(VIEWS)}")
+    from pipelines.terminal import write_json
     from rlsparse.overlap.mask_set import compare_masks, last_snapshot
 
     rows = [_measures(row) for row in compare_masks(masks, base=base, view=view)]
     taken = {place: patch.parent.name for place in masks if (patch := last_snapshot(place))}
     if json_path is not None:
         content = {"view": view, "masks": masks, "snapshots": taken, "overlaps": rows}
-        _write(json_path, content)
+        write_json(json_path, json.dumps(content, indent=1, allow_nan=False))
     if json_path != "-":
         _print([row for row in rows if per_module or row["module"] is None], masks, taken)
 
@@ -96,17 +96,6 @@ def _finite(row: Row) -> Row:
         | {"lift": {k: None if v is None else float(v) for k, v in row["lift"].items()}}
     )
     return result
-
-
-def _write(path: str, content: Row) -> None:
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    if path == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}; give another --json") from error
 
 
 def _print(rows: list[Row], masks: list[str], taken: Mapping[str, str]) -> None:

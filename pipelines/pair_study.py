@@ -70,14 +70,16 @@ def run_pair_study(
         if todo:
             session.start()
         plan.storage.write_bytes(PAIRS_FILE, Path(plan.study.pairs).read_bytes())
+        seeds = [run.seed for run in plan.trials]
         record.write(
             plan.storage,
             plan.study,
-            [run.seed for run in plan.trials],
+            seeds,
             command=command,
             has_begun=bool(plan.storage.list("ledger")),
             more={"trials": {run.trial_id: run.label for run in plan.trials}},
         )
+        record.tell(record.registration(plan.storage, plan.study, seeds), console)
         _drop_stale(plan, [run for run, _ in todo])
         if todo:
             num_pairs = sum(len(run.rows) for run, _ in todo)

@@ -7,12 +7,15 @@ import hashlib
 import shutil
 import subprocess
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from pydantic import ValidationError
+from rich.console import Console
 
 from pipelines.storage import Storage
+from rlsparse.claim_config import ExactClaim
 from rlsparse.errors import ConfigError
 from rlsparse.identity import canonical_json
 from rlsparse.study import PairStudy, Study, StudyBase
@@ -47,8 +50,8 @@ def write(
         "settings": settings(study),
     }
     there = storage.read_json(FILE) if storage.exists(FILE) else {}
-    if has_begun:
-        frozen = there["registered"]
+    if has_begun:  # without a record nothing shows what was registered
+        frozen = there.get("registered", frozen | {"claims": {}})
     provenance = {
         "command": command or there.get("provenance", {}).get("command"),
         "git_commit": git_commit(),
@@ -90,22 +93,79 @@ def read(storage: Storage) -> tuple[StudyBase, dict[str, Any]]:
         ) from error
 
 
-def registration(storage: Storage, study: StudyBase, seeds: Collection[int]) -> dict[str, str]:
-    """Claim id -> registered, post hoc or extended, from what ``study.json`` froze.
+@dataclass(frozen=True)
+class Registration:
+    """How a study's claims stand to those that were frozen when its first run began.
+
+    Attributes:
+        standing: claim id -> registered, extended or post hoc.
+        dropped: ids of frozen claims that are not there now, or read differently.
+        num_dropped: how many of them are tested, all but ``exact`` ones.
+        changed: what else changed, for which all claims are post hoc, or "".
+    """
+
+    standing: Mapping[str, str]
+    dropped: tuple[str, ...] = ()
+    num_dropped: int = 0
+    changed: str = ""
+
+    def lines(self) -> list[str]:
+        """What a person should know of it, or nothing."""
+        late = [claim for claim, standing in self.standing.items() if standing == "post hoc"]
+        said = []
+        if self.changed and late:
+            said = [f"all claims are post hoc: {self.changed}; another `name` keeps both studies"]
+        elif late:
+            said = [f"post hoc, as not registered in these words: {', '.join(late)}"]
+        if self.dropped:
+            said += [
+                f"registered, but not asked in the same words any more: {', '.join(self.dropped)}"
+            ]
+        return said
+
+
+def registration(storage: Storage, study: StudyBase, seeds: Collection[int]) -> Registration:
+    """How the claims stand to what ``study.json`` froze.
 
     A claim that was not there, or reads differently now, is post hoc, and so are all claims of a
-    study whose baseline or factors were changed; a study that got more seeds is extended.
+    study whose baseline or factors were changed, or that lost seeds; those of one that got seeds
+    are extended.
     """
     frozen = storage.read_json(FILE)["registered"]
     now = study.model_dump(mode="json")
-    claims = list(frozen["claims"].values())
+    late = dict.fromkeys((claim.id for claim in study.claims), "post hoc")
     try:  # what an earlier release froze lacks fields that have their defaults now
-        then = type(study).model_validate({**now, **frozen["settings"], "claims": claims})
+        then = type(study).model_validate(
+            {**now, **frozen["settings"], "claims": list(frozen["claims"].values())}
+        )
     except ValidationError:
-        return dict.fromkeys((claim.id for claim in study.claims), "post hoc")
-    known = then.claims if settings(then) == settings(study) else ()
+        ids = tuple(name for name in frozen["claims"] if name not in late)
+        return Registration(late, ids, len(ids), "they were registered under another release")
+    gone = [claim for claim in then.claims if claim not in study.claims]
+    lost = sorted(set(frozen["seeds"]) - set(seeds))
+    changed = ""
+    if settings(then) != settings(study):
+        changed = f"{_differing(settings(then), settings(study))} were changed"
+    elif lost:
+        changed = f"registered seeds {', '.join(map(str, lost))} were dropped"
+    known = () if changed else then.claims
     standing = "extended" if set(seeds) - set(frozen["seeds"]) else "registered"
-    return {claim.id: standing if claim in known else "post hoc" for claim in study.claims}
+    return Registration(
+        late | {claim.id: standing for claim in study.claims if claim in known},
+        tuple(claim.id for claim in gone),
+        sum(not isinstance(claim, ExactClaim) for claim in gone),
+        changed,
+    )
+
+
+def _differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    return " and ".join(sorted(key for key in now if then.get(key) != now[key]))
+
+
+def tell(registered: Registration, console: Console) -> None:
+    """Print what a person should know of it, before the first run."""
+    for line in registered.lines():
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def provenance(storage: Storage) -> dict[str, Any]:

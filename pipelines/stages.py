@@ -5,6 +5,7 @@ Each is kept while its inputs are as before.
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -81,11 +82,11 @@ def conclude_study(
         console.print("judging claims, drawing the report", highlight=False)
         collect()
         tables = aggregate.conclude(study, storage, registered, allow_missing=allow_missing)
-        aggregate.write_report(study, storage, tables, allow_missing=allow_missing)
+        aggregate.write_report(study, storage, tables, registered, allow_missing=allow_missing)
 
     inputs = shared | {
         "study": study.model_dump(mode="json"),
-        "registered": registered,
+        "registered": asdict(registered),
         "provenance": record.provenance(storage),
         "allow_missing": allow_missing,
         "told": dict(told or {}),

@@ -79,12 +79,7 @@ def run_study(
             if todo:
                 session.start()
             write_study(plan, command if only is None else None)
-            if "post hoc" in registration(plan).values():
-                console.print(
-                    "study.json holds claims that were registered with other settings or another "
-                    "wording: those given now are post hoc; another `name` keeps both studies",
-                    soft_wrap=True,
-                )
+            record.tell(record.registration(plan.storage, plan.study, plan.study.seeds), console)
             if todo:
                 _sweep(plan, todo, console)
             elif only is None:
@@ -182,11 +177,6 @@ def write_study(plan: Plan, command: str | None = None) -> None:
             "inputs": plan.inputs.record(plan.trials),
         },
     )
-
-
-def registration(plan: Plan) -> dict[str, str]:
-    """Claim id -> registered, post hoc or extended; see ``record.registration``."""
-    return record.registration(plan.storage, plan.study, plan.study.seeds)
 
 
 def _check_environment(plan: Plan) -> None:

@@ -1,5 +1,6 @@
 """Finds in a study, before any training, what would leave its claims undecided after it."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from rlsparse.claim_config import (
     ReproducesClaim,
     WithinClaim,
 )
+from rlsparse.claims.observations import Response
+from rlsparse.claims.rules import misfit
 from rlsparse.definitions import DEFINITIONS, MODULES, VIEWS
 from rlsparse.errors import nearest
 from rlsparse.levels import canonical_path, paths_of, touches
@@ -119,6 +122,13 @@ def check_claims(study: StudyBase, trials: Sequence[Trial | PairRun]) -> None:
         _check_sides(claim, planned, here)
         _check_numbers(claim, here)
         _check_varied(claim, planned, here)
+        wrong = misfit(claim, Response.parse(claim.response, study.default_view))
+        if wrong is not None:
+            raise StudyError(f"claims: {claim.id}: {wrong.why}").at(*here)
+        if isinstance(claim, EquivalentClaim):
+            _check_sensitivity(study, claim, planned, here)
+        if isinstance(claim, AssociatedClaim):
+            _check_slopes(claim, planned, here)
 
 
 def _check_response(claim: Claim, response: str, known: Sequence[str], place: Location) -> None:
@@ -165,14 +175,45 @@ def _check_overlap(
         ).at(*here, "null")
 
 
+def _check_sensitivity(
+    study: StudyBase, claim: EquivalentClaim, planned: Sequence[_Planned], here: Location
+) -> None:
+    """A study that could not see an effect supports no equivalence."""
+    if "lr_times_3" not in {*study.controls, *(trial.control for trial in planned)}:
+        raise StudyError(
+            f"claims: {claim.id}: equivalence needs a sign that the study can see an effect; add "
+            "the control lr_times_3"
+        ).at(*here)
+
+
+def _check_slopes(claim: AssociatedClaim, planned: Sequence[_Planned], here: Location) -> None:
+    """Slopes are taken over the runs of each seed, or over seeds of one run each."""
+    selected = [trial for trial in planned if trial.matches(claim.where, claim.varied)]
+    most = max(Counter(str(trial.value("seed")) for trial in selected).values(), default=0)
+    if most == 2:  # of one, slopes are over seeds
+        raise StudyError(
+            f"claims: {claim.id}: no seed has the 3 runs that a slope takes; select runs of one "
+            "cell, for a slope over seeds, or of three"
+        ).at(*here)
+
+
 def _check_sides(claim: Claim, planned: Sequence[_Planned], here: Location) -> None:
+    chosen: dict[str, set[int]] = {}
     for side, selector in claim.sides.items():
         given = {"where": claim.where} | {side: getattr(claim, side)}
         for field, path, value in ((f, p, v) for f, of in given.items() for p, v in of.items()):
             _check_selector(claim.id, path, value, planned, (*here, field, path))
-        selected = [trial for trial in planned if trial.matches(selector, claim.varied)]
+        places = {i for i, one in enumerate(planned) if one.matches(selector, claim.varied)}
+        selected = [planned[i] for i in sorted(places)]
         if not selected:
             raise StudyError(f"claims: {claim.id}: no planned trial has {selector}").at(*here, side)
+        for other, theirs in chosen.items():
+            if both := places & theirs:
+                raise StudyError(
+                    f"claims: {claim.id}: {other} and {side} select {len(both)} runs in common; "
+                    "say in both what tells them apart"
+                ).at(*here, side)
+        chosen[side] = places
         there = sorted({step for trial in selected for step in trial.steps})
         if claim.at is not None and claim.at.step is not None and claim.at.step not in there:
             raise StudyError(

@@ -333,6 +333,7 @@ def _resolve(study: Study, config: dict[str, Any], cell: dict[str, str]) -> dict
                 labels = [level_label(level) for level in study.factors[path]]
                 location += [path, labels.index(cell[path])]
                 break
+        named = ", ".join(f"{path} {label}" for path, label in cell.items())
         raise StudyError(
-            f"factors: cell {cell} is not a valid trial: {explain(TrialConfig, config, first)}"
+            f"factors: cell {named} is not a valid trial: {explain(TrialConfig, config, first)}"
         ).at(*location) from error

@@ -49,13 +49,16 @@ def judge(
     registered: Mapping[str, str] | None = None,
     overlaps: pa.Table = NO_OVERLAPS,
     allow_missing: bool = False,
+    num_dropped: int = 0,
     **made: Callable[..., object],
 ) -> list[dict[str, object]]:
     """Rows of table ``claims``; ``made`` goes to ``make_tables``."""
     if registered is None:
         registered = {claim.id: "registered" for claim in study.claims}
     parts = make_tables(trials_of(study), density, **{"more": about} | made)  # type: ignore[arg-type]
-    table = claims.judge(study, registered, *parts, overlaps, allow_missing=allow_missing)
+    table = claims.judge(
+        study, registered, *parts, overlaps, allow_missing=allow_missing, num_dropped=num_dropped
+    )
     assert tables.check(table, "claims").equals(table)
     return list(table.to_pylist())
 

@@ -52,6 +52,14 @@ def test_exact_is_refuted_by_any_definition() -> None:
     assert row["note"] == "differs under rel_1e-03"
 
 
+def test_exact_knows_of_failed_runs() -> None:
+    none_fails = {"kind": "exact", "response": "failed", "value": 0.0}
+    row = one(none_fails, failed=lambda trial: trial.config.seed == 2)
+    assert (row["verdict"], row["num_runs"]) == ("refuted", 16)
+    assert "failed is 0 in 12 of 16 runs" in str(row["outcome"])
+    assert one(none_fails)["verdict"] == "supported"
+
+
 def test_exact_without_its_runs_is_undecided() -> None:
     row = one(LR_ZERO, failed=lambda trial: trial.control == "lr_zero")
     assert row["verdict"] == "undecided"
@@ -255,6 +263,16 @@ def test_post_hoc_claims_do_not_touch_registered_ones() -> None:
     assert [row["registered"] for row in after] == ["registered", "extended", "post hoc"]
     p = float(str(before[0]["p_value"]))
     assert [row["p_value"] for row in after] == [pytest.approx(p * k) for k in (2, 2, 3)]
+
+
+def test_dropping_a_registered_claim_gains_nothing() -> None:
+    given = [within(0.5, 0.99), within(0.9, 0.95), within(0.85, 0.93)]
+    before, after = judge(study_of(*given)), judge(study_of(given[0]), num_dropped=2)
+    for key in ("p_value", "ci_low", "ci_high", "verdict"):
+        assert after[0][key] == before[0][key], key
+    assert "Holm over 3 claims" in str(after[0]["statistic"])
+    (late,) = judge(study_of(given[0]), num_dropped=2, registered={})
+    assert (late["registered"], late["p_value"]) == ("post hoc", before[0]["p_value"])
 
 
 def test_scope_names_what_was_held_fixed() -> None:

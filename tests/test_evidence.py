@@ -328,6 +328,6 @@ def test_associated_over_one_run_per_seed_is_least_squares() -> None:
 
 
 def test_associated_without_spread_is_undecided() -> None:
-    undecided(ON, "0 seeds of at least 3 runs that differ in score_gain")
+    undecided(ON, "0 seeds have a slope, 4 are needed: it takes 3 runs that differ in score_gain")
     undecided({**ON, "at": {"score": 0.4}}, "at.score interpolates density")
     undecided({**ON, "at": {"kl": "common"}, "on": "sparsity.bitwise"}, "common is of pairs")

@@ -122,6 +122,8 @@ def test_above_null_undecided() -> None:
         (row,) = judge(study, overlaps=table)
         assert row["verdict"] == "undecided"
         assert why in str(row["note"])
+        assert (row["estimate"] is None) == ("lift" not in str(row["note"])) == ("0.5" not in why)
+        assert "nan" not in str(row["outcome"])
     few = study_of(ABOVE, seeds=[0, 1, 2])
     (row,) = judge(few, overlaps=overlaps_of(few, noisy(1.5)))
     assert "3 seeds with pairs, 4 are needed" in str(row["note"])

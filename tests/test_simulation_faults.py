@@ -69,7 +69,7 @@ def test_seeds_added_until_supported_are_marked(tmp_path: Path) -> None:
         for plan in plans:
             study = plan.study
             record.write(storage, study, study.seeds, command=None, has_begun=True, more={})
-            status = record.registration(storage, study, study.seeds)
+            status = record.registration(storage, study, study.seeds).standing
             own = [last.names.index(name) for name in plan.names]
             studies = Studies(plan, [GREATER], plan.runs(), plan.changes(density(x[:, own])))
             going = stopped.index[stopped == ""]

@@ -137,19 +137,19 @@ def test_every_other_error_names_the_file(tmp_path, text, message):
         (with_factors("  seed: [0, 1]"), 8, "list the seeds under `seeds`"),
         (STUDY.replace("  train:", "  seed: 3\n  train:"), 4, "list the seeds under `seeds`"),
         (with_factors("  train.learning_rate:\n    - 1.0\n    - fast"), 10,
-         "factors: cell {'train.learning_rate': 'fast'} is not a valid trial: "
+         "factors: cell train.learning_rate fast is not a valid trial: "
          "train.learning_rate: Input should be a valid number, unable to parse string as a number "
          "(got 'fast')"),
         (with_factors("  train.momentum: [0.5, 1]\n  train.weight_decay: [0, 0.1]"), 8,
          "train.momentum: Input should be less than 1 (got 1)"),
         (with_factors("  train.batch_size: [64,\n     12]"), 9,
-         "factors: cell {'train.batch_size': '12'} is not a valid trial: train.batch_size / "
+         "factors: cell train.batch_size 12 is not a valid trial: train.batch_size / "
          "gradient_accumulation_steps = 12 must be a multiple of algorithm.num_generations 8"),
         (with_factors("  algorithm.name: [grpo, gpro]"), 8,
-         "cell {'algorithm.name': 'gpro'} is not a valid trial: unknown algorithm.name gpro; "
+         "cell algorithm.name gpro is not a valid trial: unknown algorithm.name gpro; "
          "did you mean grpo? known: dpo,"),
         (with_factors("  task.name: [chain_sum, dataset]"), 8,
-         "cell {'task.name': 'dataset'} is not a valid trial: task.source: Field required"),
+         "cell task.name dataset is not a valid trial: task.source: Field required"),
         (with_factors("  algorithm: [grpo, sft]"), 8,
          "algorithm: must be a mapping, such as {name: grpo} (got 'grpo')"),
         (with_factors("  algorithm: [{name: sft, beta: 1}]"), 8,
@@ -157,7 +157,7 @@ def test_every_other_error_names_the_file(tmp_path, text, message):
         (with_factors("  algorithm.reward: [task, tasks]"), 8,
          "algorithm.reward: must be task, shuffled, random or module:function (got 'tasks')"),
         (with_factors("  train.trainable_modules: [null, [q, z]]"), 8,
-         "cell {'train.trainable_modules': '[q, z]'} is not a valid trial: "
+         "cell train.trainable_modules [q, z] is not a valid trial: "
          "unknown train.trainable_modules.1 z; known: q, k"),
         (STUDY + "  - {id: c, kind: equivalent, factor: algorithm.kl_coef}\n", 14,
          "c names the factor algorithm.kl_coef, which this study does not vary; its factors: none"),
@@ -283,12 +283,13 @@ def test_all_kinds_of_claims_are_read(tmp_path):
     listed = [
         "kind: reproduces, value: 0.8, margin: 0.05",
         "kind: below_null, null: [tensor, update_size, margins], module: q",
-        "kind: recovers, a: {train.max_grad_norm: 1.0}, b: {train.max_grad_norm: null}, "
-        "random: {algorithm.kl_coef: 0.04}",
+        "kind: recovers, response: score_after, a: {train.max_grad_norm: 1.0}, "
+        "b: {algorithm.kl_coef: 0.0, train.max_grad_norm: null}, "
+        "random: {algorithm.kl_coef: 0.04, train.max_grad_norm: null}",
         "kind: monotone, factor: algorithm.kl_coef, direction: increasing",
         "kind: interaction, factor: algorithm.kl_coef, by: train.max_grad_norm",
         "kind: associated, on: sparsity.bitwise@fp32, response: kl_final, sign: negative",
-        "kind: greater, response: failed, a: {seed: 0}, b: {seed: 1}, at: {kl: common}",
+        "kind: greater, a: {seed: 0}, b: {seed: 1}, at: {kl: common}",
     ]
     claims = "".join(f"  - {{id: c{i}, {claim}}}\n" for i, claim in enumerate(listed))
     study = load(tmp_path, f"{GRID}claims:\n{claims}")
@@ -321,6 +322,14 @@ def test_all_kinds_of_claims_are_read(tmp_path):
          "late: unknown selector train.max_grad_nrm; did you mean train.max_grad_norm?"),
         ("kind: recovers, a: {seed: 0}, b: {seed: 1}, random: {train.max_grad_norm: 2.0}",
          "late: no planned trial has train.max_grad_norm 2.0; there: 1.0, None"),
+        ("kind: greater, margin: 0, a: {seed: 0}, b: {seed: 1}",
+         "late: margin 0 of sparsity.bitwise@stored is an odds ratio, must be above 0"),
+        ("kind: greater, response: failed, a: {seed: 0}, b: {seed: 1}, at: {kl: common}",
+         "late: at.kl interpolates density, which greater failed cannot use"),
+        ("kind: greater, a: {seed: 0}, b: {algorithm.kl_coef: 0.04}",
+         "late: a and b select 2 runs in common; say in both what tells them apart"),
+        ("kind: associated, on: score_gain, where: {algorithm.kl_coef: 0.04}",
+         "late: no seed has the 3 runs that a slope takes; select runs of one cell"),
         ("kind: above_null, module: qq", "late: unknown module qq; did you mean q?"),
         ("kind: above_null, module: q, tensor: a.b", "takes at most one of module, tensor"),
         ("kind: above_null, between: algorithm.kl_cof",
@@ -426,6 +435,9 @@ def test_messages_are_in_our_words(tmp_path, text, said):
 
 def test_where_may_name_an_algorithm_whose_fields_are_compared(tmp_path):
     levels = "  algorithm: [{name: grpo, kl_coef: 0.0}, {name: grpo, kl_coef: 0.04}]"
-    grid = with_factors(levels).partition("claims:")[0]
+    grid = with_factors(levels, "controls: [lr_times_3]").partition("claims:")[0]
     claim = "{id: c, kind: equivalent, factor: algorithm, where: {algorithm: grpo}}"
-    assert len(load(tmp_path, f"{grid}claims:\n  - {claim}\n").claims) == 1
+    text = f"{grid}claims:\n  - {claim}\n"
+    assert len(load(tmp_path, text).claims) == 1
+    with pytest.raises(ConfigError, match=r"claims: c: .*; add the control lr_times_3"):
+        load(tmp_path, text.replace("controls: [lr_times_3]", ""))

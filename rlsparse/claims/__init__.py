@@ -7,7 +7,8 @@ Which interval decides what is in ``rules``. Fewer than four seeds decide nothin
 Multiplicity: Holm over all claims but ``exact`` ones, undecidable ones counted as p = 1. A claim's
 p value is the level at which it would just be decided, so that a verdict is reached exactly if the
 Holm-adjusted p value, the one reported, is below .05. Post hoc claims are adjusted over all claims,
-registered ones among themselves, so that adding claims later changes no registered verdict.
+registered ones among themselves, so that adding claims later changes no registered verdict; claims
+that were registered and dropped since count as p = 1 in both, so that dropping some gains nothing.
 
 Missing runs: a claim about runs that did not finish is undecided. If they are allowed to be
 missing, the seeds that are complete decide, unless the verdict changes when each missing value is
@@ -30,6 +31,8 @@ from rlsparse.claims.observations import IDENTICAL, Observations, Response, obse
 from rlsparse.claims.rules import misfit
 from rlsparse.claims.words import scope
 from rlsparse.definitions import DEFINITIONS
+from rlsparse.effects.responses import FAILED
+from rlsparse.effects.selection import ENDED, FINISHED
 from rlsparse.identity import canonical_json
 from rlsparse.study import StudyBase
 
@@ -45,6 +48,7 @@ def judge(
     overlaps: pa.Table,
     *,
     allow_missing: bool,
+    num_dropped: int = 0,
 ) -> pa.Table:
     """Give every claim of a study its verdict.
 
@@ -57,6 +61,7 @@ def judge(
         changes: table of that name.
         overlaps: table of that name.
         allow_missing: judge claims about runs of which some did not finish by the complete seeds.
+        num_dropped: tested claims that were registered, but are not among the study's any more.
 
     Returns:
         Table ``claims`` in the order of the study. Estimate, interval and margin are on the scale
@@ -75,7 +80,7 @@ def judge(
     ]
     p_values = {case.claim.id: case.p_value for case in cases}
     confirmed = {name: p for name, p in p_values.items() if status[name] != "post hoc"}
-    adjusted = _holm(p_values) | _holm(confirmed)
+    adjusted = _holm(p_values, num_dropped) | _holm(confirmed, num_dropped)
     tested = {case.claim.id: case.row(*adjusted[case.claim.id]) for case in cases}
     rows = []
     for claim in study.claims:
@@ -87,13 +92,13 @@ def judge(
     return tables.from_rows(rows, "claims")
 
 
-def _holm(p_values: Mapping[str, float]) -> dict[str, tuple[float, float, int]]:
+def _holm(p_values: Mapping[str, float], num_dropped: int) -> dict[str, tuple[float, float, int]]:
     """Per claim its adjusted p value, the level of its interval, and the size of the family."""
-    given = list(p_values.values())
+    given = [*p_values.values(), *[1.0] * num_dropped]
     adjusted, levels = statistics.holm(given), statistics.holm_levels(given, ALPHA)
     return {
         name: (float(p), float(level), len(given))
-        for name, p, level in zip(p_values, adjusted, levels, strict=True)
+        for name, p, level in zip(p_values, adjusted, levels, strict=False)
     }
 
 
@@ -103,7 +108,8 @@ def _holm(p_values: Mapping[str, float]) -> dict[str, tuple[float, float, int]]:
 def _exact(seen: Observations, claim: ExactClaim) -> dict[str, object]:
     """Supported if every selected run finished with the value; refuted if any has another."""
     response, selected = seen.parse(claim), seen.sides(claim)["where"]
-    finished = list(selected.loc[selected["status"] == "finished", "trial_id"])
+    ended = selected["status"].isin(ENDED if response.kind == FAILED else FINISHED)
+    finished = list(selected.loc[ended, "trial_id"])
     names = DEFINITIONS if response.kind == "sparsity" else ()
     definitions = dict.fromkeys([response.definition, *names])
     values = {

@@ -92,7 +92,8 @@ class Case:
                 shown = _reported(self.rule, contrasts[index], level)
                 names = ("estimate", "ci_low", "ci_high")
                 row |= {n: None if np.isnan(v) else v for n, v in zip(names, shown, strict=True)}
-                reading = f": {self.rule.quantity}{label} {interval(*shown)}"
+                if not np.isnan(shown[0]):
+                    reading = f": {self.rule.quantity}{label} {interval(*shown)}"
         named = verdict + (
             f", as {why}" if verdict == UNDECIDED else self._recovery(verdict, alpha)
         )

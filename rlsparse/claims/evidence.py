@@ -267,11 +267,12 @@ def _associated(reader: Reader, claim: AssociatedClaim, items: Sequence[Item]) -
         found = Contrast.of(_slopes(seeds, x, y))
         remarks = (*remarks, "slopes within seeds")
     if found.num_units < MIN_SEEDS:
-        few = (
-            f"{found.num_units} seeds of at least {MIN_RUNS_OF_SLOPE} runs that differ in "
-            f"{on.name}, or of one run each, {MIN_SEEDS} are needed"
+        per_seed = f"{MIN_RUNS_OF_SLOPE} runs that differ in {on.name}"
+        few = f"{found.num_units} seeds have a slope, {MIN_SEEDS} are needed: it takes {per_seed}"
+        enough = counts.size >= MIN_SEEDS
+        obstacles.append(
+            Obstacle(few, f"more runs of each seed: {per_seed}" if enough else MORE_SEEDS)
         )
-        obstacles.append(Obstacle(few, MORE_SEEDS))
     elif found.num_units < counts.size:
         left = counts.size - found.num_units
         remarks = (*remarks, f"{left} seeds with fewer than {MIN_RUNS_OF_SLOPE} runs left out")

@@ -32,6 +32,8 @@ STRONGER: dict[Null, tuple[Null, ...]] = {
 under it is compared with these. ``surrogate`` holds fixed other things, and is compared with the
 two that account for most."""
 
+EMPTY = Obstacle("a mask is empty, so nothing can overlap", "runs that change some weights")
+
 Ends = tuple[Any, Any]
 """Two runs as dictionaries, rows of ``Observations.by_id``."""
 
@@ -94,6 +96,9 @@ def overlap_evidence(
         }
     except _Lacking as lacking:
         return Evidence(obstacles=(lacking.obstacle,))
+    unfit = tuple(_unfit(seen, rows, units))
+    if EMPTY in unfit:
+        return Evidence(obstacles=unfit)
     known = {null: e for null, e in (excess | named).items() if not np.isnan(e).any()}
     lifts = [f"{null} {np.exp(e.mean()):.3g}" for null, e in known.items()]
     served = _served(seen, rows, pairs) if "update_size" in known else ""
@@ -106,7 +111,7 @@ def overlap_evidence(
         Contrast.of(jackknife(values, units), f"{null} null" if len(named) > 1 else "")
         for null, values in named.items()
     ]
-    return Evidence(tuple(contrasts), tuple(_unfit(seen, rows, units)), (remark,))
+    return Evidence(tuple(contrasts), unfit, (remark,))
 
 
 def known_nulls(
@@ -176,9 +181,7 @@ def _unfit(seen: Observations, rows: np.ndarray, units: Sequence[set[int]]) -> l
     counts = seen.overlap_counts
     smaller = np.minimum(counts["num_a"][rows], counts["num_b"][rows])
     if (smaller == 0).any():
-        return [
-            Obstacle("a mask is empty, so nothing can overlap", "runs that change some weights")
-        ]
+        return [EMPTY]
     if (smaller > MAX_OVERLAP_DENSITY * counts["num_elements"][rows]).any():
         most = MAX_OVERLAP_DENSITY
         why = f"both densities of a pair exceed {most}: overlap is near its ceiling"

@@ -17,7 +17,7 @@ Captioned = list[tuple[str, Markup]]
 MEASURES = {
     "density": "Density (1 - sparsity) against the step",
     "score": "Held-out score against the step",
-    "outside": "Updates outside the final mask against the step",
+    "outside": "Updates outside the final mask, of those made so far",
 }
 MAX_CONSENSUS = 12
 """Cells of which the consensus is drawn."""
@@ -146,6 +146,8 @@ def magnitude_chart(rows: Sequence[Row], groups: Sequence[str], series: Series) 
             )
             parts.append(frame.mark(look, place, value, tip, ids))
     title = "Density against |w| before training"
+    if len(thresholds) > 1:
+        title += f"; dashed: {', '.join(map(number, thresholds))}"
     return [(title, frame.chart(title, parts, lines, "|w| before"))]
 
 

@@ -83,7 +83,7 @@ def _relation_row(relation: str, pairs: pd.DataFrame) -> Row:
         "jaccard": _mean(jaccard(both, a, b)),
         "kappa": _mean(kappa(both, a, b, n)),
         "odds_ratio": _exp(_mean(np.log(odds.where(np.isfinite(odds) & (odds > 0))))),
-        "max_lift": _mean(largest.where(np.isfinite(largest))),
+        "max_lift": _exp(_mean(np.log(largest.where(np.isfinite(largest))))),
         "lift": {null: _exp(_mean(log)) for null, log in logs.items()},
         "low": {null: _exp(_number(log.min())) for null, log in logs.items()},
         "high": {null: _exp(_number(log.max())) for null, log in logs.items()},

@@ -53,7 +53,7 @@ MAX_EFFECTS = 300
 """Effects in the table of all others; ``report.json`` has every one."""
 _PROVENANCE = (
     "command", "git_commit", "study_sha256", "claims_sha256", "versions", "hosts", "wall_s",
-    "cpu_s", "allow_missing",
+    "cpu_s", "allow_missing", "dropped_claims",
 )  # fmt: skip
 
 

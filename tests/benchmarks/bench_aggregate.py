@@ -219,7 +219,7 @@ def measure(folder: str) -> None:
     registered = record.registration(storage, study, range(SEEDS))
     found = conclude(study, storage, registered, allow_missing=False)
     judged = time.perf_counter()
-    write_report(study, storage, found, allow_missing=False)
+    write_report(study, storage, found, registered, allow_missing=False)
     end = time.perf_counter()
     status = Path("/proc/self/status").read_text()
     (peak,) = [int(line.split()[1]) / 1e6 for line in status.splitlines() if "VmHWM" in line]

@@ -146,9 +146,9 @@ class Seen:
             self.provenance = provenance
             return build(*given, provenance=provenance)
 
-        def judge_claims(*given: Any, allow_missing: bool) -> pa.Table:
+        def judge_claims(*given: Any, allow_missing: bool, num_dropped: int) -> pa.Table:
             self.allow_missing.append(allow_missing)
-            return judge(*given, allow_missing=allow_missing)
+            return judge(*given, allow_missing=allow_missing, num_dropped=num_dropped)
 
         monkeypatch.setattr(aggregate, "build_report", build_report)
         monkeypatch.setattr(aggregate, "judge", judge_claims)

@@ -46,7 +46,7 @@ def write(
 
 
 def standing(storage: Storage, given: Study) -> dict[str, str]:
-    return record.registration(storage, given, given.seeds)
+    return dict(record.registration(storage, given, given.seeds).standing)
 
 
 def test_claims_are_registered_until_they_read_differently(storage: Storage) -> None:
@@ -58,9 +58,36 @@ def test_claims_are_registered_until_they_read_differently(storage: Storage) -> 
     }  # fmt: skip
 
 
-def test_more_seeds_extend_and_fewer_do_not(storage: Storage) -> None:
+def test_what_was_registered_and_dropped_is_told(storage: Storage) -> None:
+    edited = [FIELDS["claims"][0], {**FIELDS["claims"][1], "margin": 1.5}]
+    found = record.registration(storage, study(claims=edited), [0, 1])
+    assert (found.dropped, found.num_dropped, found.changed) == (("seeds",), 1, "")
+    assert found.lines() == [
+        "post hoc, as not registered in these words: seeds",
+        "registered, but not asked in the same words any more: seeds",
+    ]
+    found = record.registration(storage, study(claims=[]), [0, 1])
+    assert (found.standing, found.dropped, found.num_dropped) == ({}, ("seeds", "zero"), 1)
+    assert record.registration(storage, study(), [0, 1]).lines() == []
+
+
+def test_more_seeds_extend_and_fewer_are_post_hoc(storage: Storage) -> None:
     assert set(standing(storage, study(seeds=[0, 1, 2])).values()) == {"extended"}
-    assert set(standing(storage, study(seeds=[0])).values()) == {"registered"}
+    for fewer in ([0], [0, 2]):
+        found = record.registration(storage, study(seeds=fewer), fewer)
+        assert set(found.standing.values()) == {"post hoc"}
+        assert found.lines() == [
+            "all claims are post hoc: registered seeds 1 were dropped; another `name` keeps both "
+            "studies"
+        ]
+
+
+def test_a_study_that_lost_its_record_goes_on_and_is_post_hoc(
+    storage: Storage, tmp_path: Path
+) -> None:
+    (tmp_path / "study.json").unlink()
+    write(storage, study(), has_begun=True)
+    assert standing(storage, study()) == {"zero": "post hoc", "seeds": "post hoc"}
 
 
 @pytest.mark.parametrize(
