@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import ray
 from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
 
 from pipelines.ledger import Ledger
 from pipelines.plan import Plan, load_base
@@ -153,8 +154,11 @@ def _run_spec(config: dict[str, Any]) -> None:
     run_trial(config["spec"], tune.report)
 
 
-class _Relay(tune.Callback):  # type: ignore[misc]
-    """Passes Tune's events on, and writes down trials that Tune gave up."""
+class _Relay(TrialProgressCallback):  # type: ignore[misc]
+    """Passes Tune's events on, and writes down trials that Tune gave up.
+
+    It stands in the place of Tune's own, which prints lines about trials that end early.
+    """
 
     def __init__(self, ledger: Ledger, listener: Listener) -> None:
         self._ledger = ledger

@@ -207,6 +207,7 @@ def failed_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudyRun]:
 def test_a_failed_trial_is_a_row_and_the_command_fails(failed_run: StudyRun) -> None:
     assert failed_run.result.returncode == 1
     assert "Traceback" not in failed_run.result.stderr
+    assert "Last result" not in failed_run.result.stdout
     good, bad = failed_run.plan.trials
     assert f"failed: {bad.label} ({bad.trial_id}): TrialError: dpo found no pair" in (
         failed_run.result.stderr
