@@ -206,6 +206,8 @@ def test_labels_are_cut_alike_and_stay_apart():
     assert short_labels(long, 20) == ["ppo", "prime", "dpo"]
     same = ["ppo(steps=4)", "ppo(steps=8)"]
     assert short_labels(same, 20) == same
+    ends = ["sft s0 learning_rate=1e-05", "sft s0 learning_rate=1e-05 same_seed"]
+    assert short_labels(ends, 20) == ["sft s0 learni…=1e-05", "sft s0 learni…e_seed"]
     cut = short_labels([f"grpo learning_rate=1e-05 norm={i}" for i in range(30)], 20)
     assert len(set(cut)) == 30
     assert max(map(len, cut)) <= 20

@@ -82,14 +82,20 @@ def cell_label(algorithm: str, cell: Mapping[str, str]) -> str:
 
 
 def short_labels(labels: Sequence[str], limit: int) -> list[str]:
-    """Labels of at most ``limit`` characters, all cut alike, for where there is little room.
+    """Labels of at most ``limit`` characters, cut in their middle, for where there is little room.
 
     What stands in parentheses (the fields of a level) goes first, if labels stay apart without it;
     those that become equal by cutting get their number.
     """
     bare = [re.sub(r"\([^()]*\)", "", label) for label in labels]
     names = bare if len(set(bare)) == len(set(labels)) else labels
-    cut = [name if len(name) <= limit else f"{name[: limit - 1].rstrip()}…" for name in names]
+    end = limit // 3
+    cut = [
+        name
+        if len(name) <= limit
+        else f"{name[: limit - end - 1].rstrip()}…{name[-end:].lstrip()}"
+        for name in names
+    ]
     twice = {name for name, times in Counter(cut).items() if times > 1}
     return [
         f"{name[: limit - 5].rstrip('… ')}…#{i}" if name in twice else name
