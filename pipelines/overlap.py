@@ -23,7 +23,7 @@ from pipelines.storage import Storage
 from pipelines.table_files import read_table
 from rlsparse.checkpoint import Checkpoint
 from rlsparse.errors import RlsparseError
-from rlsparse.models import TINY
+from rlsparse.models import NAMES, named
 from rlsparse.overlap import overlaps
 from rlsparse.overlap.comparison import Comparison, compare
 from rlsparse.overlap.comparison import MeasuredRun as MeasuredRun
@@ -74,7 +74,7 @@ def measured_runs(plan: Plan) -> list[MeasuredRun]:
 def _absolute(source: str) -> str:
     """A model source that does not depend on the working folder."""
     folder = Path(source).expanduser()
-    return str(folder.resolve()) if source != "tiny" and folder.is_dir() else source
+    return str(folder.resolve()) if source not in NAMES and folder.is_dir() else source
 
 
 def run(
@@ -206,7 +206,7 @@ def _masks(work: _Work, job: Job) -> pa.Table:
 
 @lru_cache(maxsize=4)
 def _weights(source: str, references: tuple[str, ...], like: str | None) -> dict[str, Weights]:
-    base = Checkpoint.open(TINY if source == "tiny" else source)
+    base = Checkpoint.open(named(source) or source)
     sides = [open_side(_local(place), base)[0] for place in references]
     return weights_of(base, sides, None if like is None else open_side(_local(like), base)[0])
 

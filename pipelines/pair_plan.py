@@ -9,7 +9,7 @@ from pipelines import record
 from pipelines.ledger import Entry, Ledger
 from pipelines.storage import Storage
 from rlsparse.errors import ConfigError
-from rlsparse.models import TINY
+from rlsparse.models import NAMES
 from rlsparse.overlap.comparison import MeasuredRun
 from rlsparse.pair_runs import PairRun, pair_runs
 from rlsparse.pair_table import read_pairs
@@ -44,13 +44,14 @@ class PairPlan:
     def place(self, checkpoint: str) -> str:
         """A checkpoint of the CSV file for any working directory.
 
-        A path is relative to that file; what is no path there is a hub id, a URL, or ``tiny``.
+        A path is relative to that file; what is no path there is a hub id, a URL, or one of
+        ``models.NAMES``.
         """
         if "://" in checkpoint:
             return checkpoint
         path = Path(self.study.pairs).parent / Path(checkpoint).expanduser()
-        if checkpoint == "tiny" and not path.exists():
-            return str(TINY)
+        if checkpoint in NAMES and not path.exists():
+            return checkpoint
         name, _, _ = checkpoint.partition("@")
         like_an_id = name.count("/") == 1 and not name.startswith((".", "~", "/"))
         return checkpoint if like_an_id and not path.parent.is_dir() else str(path)

@@ -15,6 +15,7 @@ import numpy as np
 
 from rlsparse.errors import CheckpointError
 from rlsparse.files import PICKLED_SUFFIXES, File, Folder, RemoteFile, locate, read_bytes
+from rlsparse.models import named
 from rlsparse.tensor_file import (
     SINGLE_FILE,
     Bits,
@@ -63,14 +64,15 @@ class Checkpoint:
         weights, the folders of trainers in it are searched and the largest step is taken.
 
         Args:
-            path: a local folder or file; a hub id ``org/name`` or ``org/name@revision``, of which
-                just the weights are downloaded and cached; or an fsspec URL of a folder or of one
-                file, read by byte ranges.
+            path: a local folder or file; where there is none of that name, a base of
+                ``models.NAMES``, or a hub id ``org/name`` or ``org/name@revision``, of which just
+                the weights are downloaded and cached; or an fsspec URL of a folder or of one file,
+                read by byte ranges.
 
         Raises:
             CheckpointError: nothing there, another kind of checkpoint, damaged or incomplete.
         """
-        place = locate(path)
+        place = locate(_base(path) or path)
         if isinstance(place, (Path, RemoteFile)):
             found = _Weights(place if isinstance(place, Path) else str(place), [place], {}, {})
         else:
@@ -100,6 +102,11 @@ class Checkpoint:
     def counted(self) -> list[TensorInfo]:
         """Tensors in order of name, each storage once: without heads tied to the embedding."""
         return [info for name, info in self.tensors.items() if name not in self.tied]
+
+
+def _base(path: str | Path) -> Path | None:
+    """Folder of the base model of that name, unless a file or folder has it."""
+    return named(path) if isinstance(path, str) and not Path(path).exists() else None
 
 
 @dataclass(frozen=True)

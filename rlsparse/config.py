@@ -21,7 +21,11 @@ STORED_DTYPE: dict[Precision, str] = {
 
 
 class ModelConfig(Config):
-    """The base model: ``tiny`` (ships with the project), a folder, or a hub ``id@revision``."""
+    """The base model: one that has a name, a folder, or a hub ``id@revision``.
+
+    Names are ``tiny`` (ships with the project), and ``smollm2-135m`` and ``gemma3-270m`` (from
+    packages that are installed on their own).
+    """
 
     source: str = Field("tiny", min_length=1)
 

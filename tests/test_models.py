@@ -135,7 +135,7 @@ def test_resolve(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("source", ["tinny", "/no/such/folder", "./no", "~/no-such", "a/b/c"])
 def test_a_path_that_is_not_there(source):
-    with pytest.raises(CheckpointError, match=r"no such folder; use `tiny`, a folder"):
+    with pytest.raises(CheckpointError, match=r"no such folder; .*: tiny, .*; or give a folder"):
         resolve(ModelConfig(source=source))
 
 

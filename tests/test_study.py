@@ -13,7 +13,7 @@ from rlsparse.study_file import load_study
 from rlsparse.task_config import ChainSumConfig, ProductsConfig, SimpleEquationsConfig
 
 ABLATIONS = Path(__file__).parents[1] / "ablations"
-NUM_TRIALS = {"algorithm": 68, "quickstart": 22, "smoke": 40}
+NUM_TRIALS = {"algorithm": 68, "quickstart": 22, "smoke": 40, "smollm2_quickstart": 4}
 
 
 def trials_of(study: Study) -> list[Trial]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import llvmlite.binding as llvm
 
+from rlsparse.cache import cache_folder
 from rlsparse.errors import RlsparseWarning
 from rlsparse.tensor_file import atomic_write
 
@@ -43,7 +44,7 @@ def load(name: str, num_pointers: int, num_integers: int = 0) -> Callable[..., N
 
 @cache
 def _load(name: str, num_pointers: int, num_integers: int) -> Callable[..., None]:
-    file = _cache_folder() / f"{name}-{_key()}.o"
+    file = cache_folder() / f"{name}-{_key()}.o"
     code = _kept(file)
     if code is None:
         code = _compile(name)
@@ -78,13 +79,6 @@ def _engine() -> Any:
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
     return llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-
-
-def _cache_folder() -> Path:
-    chosen = os.environ.get("RLSPARSE_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlsparse"
 
 
 @cache

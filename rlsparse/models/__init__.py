@@ -1,13 +1,16 @@
-"""Base models: the tiny one that ships with the project, local folders, and hub ids."""
+"""Base models: the tiny one that ships with the project, packaged ones, folders, hub ids."""
 
 import hashlib
 import json
 from pathlib import Path
 
 from rlsparse.config import ModelConfig
-from rlsparse.errors import CheckpointError
+from rlsparse.errors import CheckpointError, nearest
+from rlsparse.models.gguf import PACKAGES, converted
 
 TINY = Path(__file__).parent / "tiny"
+NAMES = ("tiny", *PACKAGES)
+"""Bases that have a name of their own; the others are folders and hub ids."""
 
 _COMPANIONS = (
     "config.json",
@@ -25,22 +28,35 @@ _COMPANIONS = (
 """Files beside the weights that transformers reads for a model and its tokenizer."""
 
 
-def resolve(config: ModelConfig) -> Path:
-    """Local folder of a base model: ``tiny``, a folder, or a hub ``id@revision`` (downloaded).
+def named(name: str) -> Path | None:
+    """Local folder of the base model of ``NAMES`` that is called so; None if there is none.
 
     Raises:
-        CheckpointError: no such folder, or the hub does not give the model.
+        CheckpointError: its package is not installed, or damaged.
+    """
+    if name in PACKAGES:
+        return converted(name)
+    return TINY if name == "tiny" else None
+
+
+def resolve(config: ModelConfig) -> Path:
+    """Local folder of a base model: one of ``NAMES``, a folder, or a hub ``id@revision``.
+
+    A packaged base is converted when first used, one of the hub is downloaded.
+
+    Raises:
+        CheckpointError: no such folder, a package is missing, or the hub does not give the model.
     """
     source = config.source
-    if source == "tiny":
-        return TINY
+    if folder := named(source):
+        return folder
     path = Path(source).expanduser()
     if path.is_dir():
         return path.resolve()
     if path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
         raise CheckpointError(
-            f"model.source {source!r}: no such folder; use `tiny`, a folder in the format of "
-            "transformers, or a hub id such as Qwen/Qwen2.5-0.5B@main"
+            f"model.source {source!r}: no such folder; {nearest(source, NAMES)}; or give a "
+            "folder in the format of transformers, or a hub id such as Qwen/Qwen2.5-0.5B@main"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

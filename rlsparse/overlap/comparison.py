@@ -27,7 +27,7 @@ class MeasuredRun:
     Attributes:
         trial_id: its name.
         base: fingerprint of its base.
-        source: where its base lies: ``tiny``, a folder, a hub id or a URL.
+        source: where its base lies: one of ``models.NAMES``, a folder, a hub id or a URL.
         cell: factor path -> level label.
         algorithm: name of the algorithm.
         seed: its seed.

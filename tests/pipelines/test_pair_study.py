@@ -365,7 +365,7 @@ def test_places_of_checkpoints(tmp_path):
     study = load_study(tmp_path / "why.yaml")
     assert isinstance(study, PairStudy)
     plan = make_pair_plan(study, str(tmp_path / "runs"))
-    assert plan.place("tiny") == str(TINY)
+    assert plan.place("tiny") == "tiny"
     assert [plan.place(run.rows[0].after) for run in plan.trials] == [
         str(tmp_path / "here"), "org/name@v1", str(tmp_path / "here/none"), "s3://bucket/x",
         "/abs/x", str(tmp_path / "no/such/x"), str(tmp_path / "../x"),
@@ -382,7 +382,7 @@ def test_runs_whose_masks_are_compared(tmp_path):
     plan = make_pair_plan(study, str(tmp_path / "runs"))
     first, second = plan.trials
     (found,) = measured_runs(plan, {first.trial_id: "f1"})
-    assert (found.trial_id, found.base, found.source) == (first.trial_id, "f1", str(TINY))
+    assert (found.trial_id, found.base, found.source) == (first.trial_id, "f1", "tiny")
     assert found.after == {5: str(tmp_path / "a"), 9: str(tmp_path / "b")}
     assert (found.steps, found.num_steps, found.role) == ((5, 9), 9, "baseline")
     assert measured_runs(plan, {second.trial_id: "f1"})[0].role == "factor"
