@@ -153,9 +153,32 @@ gguf.converted("smollm2-135m")
 """
 
 
-def test_a_killed_conversion_leaves_nothing(installed):
+IN_PLACE = """
+import os, sys
+from rlsparse.models import gguf
+def hook(event, given):
+    if event == "open" and isinstance(given[0], str) and given[2] & (os.O_WRONLY | os.O_RDWR):
+        if os.path.basename(os.path.dirname(given[0])).startswith("smollm2-135m-"):
+            os._exit(7)
+sys.addaudithook(hook)
+gguf.converted("smollm2-135m")
+"""
+
+
+def run_code(code: str) -> subprocess.CompletedProcess[bytes]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    killed = subprocess.run([sys.executable, "-c", KILLED], env=environment, capture_output=True)
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+
+
+def test_nothing_is_written_under_the_final_name(installed):
+    done = run_code(IN_PLACE)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (installed.parent / "cache" / "models").iterdir()
+    assert folder == converted(SMOLLM2)
+
+
+def test_a_killed_conversion_leaves_nothing(installed):
+    killed = run_code(KILLED)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     models = installed.parent / "cache" / "models"
     assert [path.name[0] for path in models.iterdir()] == ["."]
