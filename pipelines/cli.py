@@ -14,6 +14,7 @@ from rich.console import Console
 
 from pipelines import preset_command
 from pipelines.diff_command import diff
+from pipelines.json_option import write_json
 from pipelines.overlap_command import overlap
 from rlsparse.errors import ConfigError, RlsparseError, RlsparseWarning
 
@@ -205,7 +206,7 @@ def report(
     storage = Storage(folder)
     study, tables = rebuild(storage, allow_missing=allow_missing)
     if json_path is not None:
-        terminal.write_json(json_path, storage.read_bytes("report/report.json").decode().rstrip())
+        write_json(json_path, storage.read_bytes("report/report.json").decode().rstrip())
     if json_path == "-":
         return
     terminal.print_results(study, tables)

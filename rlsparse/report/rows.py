@@ -91,9 +91,7 @@ def short_labels(labels: Sequence[str], limit: int) -> list[str]:
     names = bare if len(set(bare)) == len(set(labels)) else labels
     end = limit // 3
     cut = [
-        name
-        if len(name) <= limit
-        else f"{name[: limit - end - 1].rstrip()}…{name[-end:].lstrip()}"
+        name if len(name) <= limit else f"{name[: limit - end - 1].rstrip()}…{name[-end:].lstrip()}"
         for name in names
     ]
     twice = {name for name, times in Counter(cut).items() if times > 1}
