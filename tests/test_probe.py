@@ -100,6 +100,7 @@ def test_a_patch_at_each_snapshot(bench):
     assert second.after_bits("head.bias", twos, 0, 3).tolist() == [0x4000, 0x4000, 0x8000]
     assert [last.tensors[name].num_changed for name in ("embed.weight", "head.bias")] == [0, 1]
     assert bench.probe.patch_bytes == second.size_bytes + last.size_bytes
+    assert bench.probe.finish() == {"num_untouched": 16, "num_cancelled": 1, "num_final": 1}
 
 
 def test_ever_changed_keeps_what_came_back(bench):

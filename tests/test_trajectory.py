@@ -9,7 +9,7 @@ import torch
 from conftest import Base, Trained
 from transformers import TrainerCallback
 
-from rlsparse import masks, tables
+from rlsparse import masks, tables, trajectory
 from rlsparse.algorithms import ALGORITHMS
 from rlsparse.config import STORED_DTYPE, TrialConfig
 from rlsparse.patch import PATCH_FILE, TensorPair, write_patch
@@ -195,6 +195,33 @@ def test_some_weights_came_back(watch, tiny_trial, base):
     assert found.trial.summary["num_cancelled"] == cancelled > 0
     assert not (found.trial.folder / step_mask_file(1)).exists()
     assert all(row["outside_final"] is None for row in found.rows)
+
+
+def test_pieces_of_a_tensor_add_up(monkeypatch):
+    monkeypatch.setattr(trajectory, "_CPU_PIECE", 128)
+    model = torch.nn.Linear(101, 7)
+    followed = trajectory.Trajectory(model, torch.float32, [2])
+    before = model.weight.detach().numpy().ravel().copy()
+    generator = torch.Generator().manual_seed(0)
+    ever = np.zeros(before.size, bool)
+    for step in (1, 2):
+        with torch.no_grad():
+            model.weight += torch.rand(model.weight.shape, generator=generator) < 0.3
+        given = {}
+        changes = followed.advance(step, lambda name, mask, given=given: given.update({name: mask}))
+        now = model.weight.detach().numpy().ravel().copy()
+        ever |= now != before
+        found = masks.unpack(given["weight"], before.size)
+        if step == 1:
+            assert np.array_equal(found, now != before)
+            first = now
+    assert np.array_equal(found, now != first)
+    assert changes.num_changed == {
+        1: np.count_nonzero(now != first), 2: np.count_nonzero(now != before)
+    }  # fmt: skip
+    assert changes.num_ever_changed == np.count_nonzero(ever)
+    assert np.array_equal(masks.unpack(dict(followed.ever_changed())["weight"], ever.size), ever)
+    assert followed.num_elements == before.size + 7
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 63, 64, 65, 1000])
