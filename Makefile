@@ -48,5 +48,6 @@ bench: venv
 	$(BIN)/python tests/benchmarks/bench_spectrum.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_aggregate.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_trial.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_probe.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_report.py
 	$(BIN)/python tests/benchmarks/bench_gpu.py

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from pipelines import preset_command
 from pipelines.diff_command import diff
+from pipelines.json_option import write_json
 from pipelines.overlap_command import overlap
 from rlsparse.errors import ConfigError, RlsparseError, RlsparseWarning
 
@@ -205,7 +206,7 @@ def report(
     storage = Storage(folder)
     study, tables = rebuild(storage, allow_missing=allow_missing)
     if json_path is not None:
-        terminal.write_json(json_path, storage.read_bytes("report/report.json").decode().rstrip())
+        write_json(json_path, storage.read_bytes("report/report.json").decode().rstrip())
     if json_path == "-":
         return
     terminal.print_results(study, tables)
@@ -294,7 +295,7 @@ def _plan_of(place: str, storage: str, overrides: list[str] | None = None) -> "P
 
 
 def _print_dry_run(plan: "Plan") -> None:
-    from pipelines.plan import patch_bytes, wall_seconds
+    from pipelines.plan import patch_bytes, probe_bytes, step_mask_bytes, wall_seconds
     from rlsparse.study import collapsed_factors
 
     cells: dict[tuple[str, str], list[str]] = {}
@@ -307,13 +308,17 @@ def _print_dry_run(plan: "Plan") -> None:
               f"{' '.join(names)}")  # fmt: skip
     for path, algorithms in collapsed_factors(plan.study).items():
         print(f"  {path} does not exist for {', '.join(algorithms)}: those cells are one")
-    total = sum(patch_bytes(t.config, plan.base(t).num_weights) for t in plan.trials)
+    sized = [(t.config, plan.base(t).num_weights) for t in plan.trials]
+    total = sum(patch_bytes(*one) for one in sized)
+    mask_bytes = sum(step_mask_bytes(*one) for one in sized)
     seconds = wall_seconds(plan, os.cpu_count() or 1)
     finished = len(plan.finished())
     print(
         f"{len(cells)} cells, {len(plan.trials)} trials ({finished} done), about "
         f"{seconds / 60:.1f} min on the {os.cpu_count()} cores of this machine, at most "
         f"{total / 1e6:.1f} MB of patches"
+        f"{f' and {mask_bytes / 1e6:.1f} MB of step masks' if mask_bytes else ''}; measuring takes "
+        f"{max(probe_bytes(*one) for one in sized) / 1e6:.1f} MB of memory in a trial"
     )
 
 

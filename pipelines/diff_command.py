@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipelines.json_option import write_json
 from rlsparse.definitions import VIEWS
 from rlsparse.errors import ConfigError, RlsparseError
 
@@ -331,7 +332,6 @@ def _write_folder(out: Path, result: "Diff", spectra: "list[Row] | None") -> Pat
 
 
 def _write_json(path: str, result: "Diff", spectra: "list[Row] | None") -> None:
-    from pipelines.terminal import write_json
     from rlsparse.report.diff_rows import json_content
 
     write_json(path, json.dumps(json_content(result, spectra), allow_nan=False))

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pipelines.json_option import write_json
 from rlsparse.definitions import NULLS, VIEWS
 from rlsparse.errors import ConfigError
 
@@ -52,7 +53,6 @@ def overlap(
     """Say how much the changed weights of several runs overlap, and how much chance explains."""
     if view not in VIEWS:
         raise ConfigError(f"--view {view}: choose of {', '.join(VIEWS)}")
-    from pipelines.terminal import write_json
     from rlsparse.overlap.mask_set import compare_masks, last_snapshot
 
     rows = [_measures(row) for row in compare_masks(masks, base=base, view=view)]

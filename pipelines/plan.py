@@ -198,6 +198,18 @@ def patch_bytes(config: TrialConfig, num_weights: int) -> int:
     return len(config.snapshot_steps) * num_weights * itemsize
 
 
+def probe_bytes(config: TrialConfig, num_weights: int) -> int:
+    """Memory that measuring takes in a trial, where it trains: copies of the weights, and bits."""
+    itemsize = _ITEMSIZE[STORED_DTYPE[config.train.precision]]
+    num_copies = 1 + len(config.probe.k_steps)
+    return num_copies * num_weights * itemsize + -(-num_weights // 8)
+
+
+def step_mask_bytes(config: TrialConfig, num_weights: int) -> int:
+    """Largest size of the masks of steps that a trial can leave: what does not compress at all."""
+    return config.probe.step_masks * config.train.num_steps * -(-num_weights // 8)
+
+
 def cpu_seconds(config: TrialConfig, num_weights: int) -> float:
     """Rough CPU time of a trial: floating-point operations over a measured rate."""
     task, algorithm = config.task, config.algorithm

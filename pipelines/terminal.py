@@ -4,7 +4,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -12,26 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.scalars import measured_scalars
-from rlsparse.errors import ConfigError
 from rlsparse.report.formats import percent
 from rlsparse.study import StudyBase
 
 Row = dict[str, Any]
-
-
-def write_json(path: str, text: str) -> None:
-    """Write the value of an option ``--json``: a file, or standard output if it is ``-``.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
-    if path == "-":
-        print(text)
-        return
-    try:
-        Path(path).write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}; give another --json") from error
 
 
 def print_results(study: StudyBase, tables: Mapping[str, pa.Table]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from rlsparse.definitions import Module
+from rlsparse.definitions import Module, StepWindow
 from rlsparse.task_config import ChainSumConfig, TaskConfig
 from rlsparse.variants import Config, function_or
 
@@ -283,10 +283,15 @@ class ProbeConfig(Config):
 
     ``snapshots`` are the optimizer steps after which a patch is written; the last step is always
     one. ``score_snapshots``: at each, the held-out score and the KL divergence to the base too.
+    After every step it is measured which weights differ from the step before; ``k_steps`` are
+    further windows, in steps, over which that is measured, of which each costs the memory of one
+    more copy of the weights. ``step_masks``: the mask of what each step changed is kept.
     """
 
     snapshots: tuple[Annotated[int, Field(ge=1)], ...] = ()
     score_snapshots: bool = True
+    k_steps: tuple[StepWindow, ...] = ()
+    step_masks: bool = False
 
 
 class TrialConfig(Config):
@@ -302,11 +307,12 @@ class TrialConfig(Config):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> "TrialConfig":
-        beyond = [s for s in self.probe.snapshots if s > self.train.num_steps]
-        if beyond:
-            raise ValueError(
-                f"probe.snapshots {beyond} lie beyond train.num_steps {self.train.num_steps}"
-            )
+        for name in ("snapshots", "k_steps"):
+            beyond = [s for s in getattr(self.probe, name) if s > self.train.num_steps]
+            if beyond:
+                raise ValueError(
+                    f"probe.{name} {beyond} lie beyond train.num_steps {self.train.num_steps}"
+                )
         algorithm, micro = self.algorithm, self.train.micro_batch_size
         if isinstance(algorithm, KtoConfig) and micro < 2:
             raise ValueError(

@@ -13,6 +13,10 @@ DEFINITIONS: tuple[str, ...] = (
 
 VIEWS: tuple[str, ...] = ("stored", "fp32", "bf16", "fp16", "fp8_e4m3")
 
+StepWindow = Literal[2, 4, 8, 16, 32, 64]
+STEP_WINDOWS: tuple[int, ...] = (1, *get_args(StepWindow))
+"""Lengths, in optimizer steps, over which a trial measures what changed."""
+
 Module = Literal[
     "q", "k", "v", "o", "qkv", "gate", "up", "gate_up", "down",
     "router", "norm", "embed", "head", "bias", "other",

@@ -9,7 +9,7 @@ from typing import Any
 from rlsparse.checkpoint import Checkpoint, Chunk, chunks, fingerprint
 from rlsparse.errors import CheckpointError
 from rlsparse.kernels import magnitude_histogram, new_workspace
-from rlsparse.masks import MaskFile, unpack
+from rlsparse.masks import MaskFile, Packed, unpack
 from rlsparse.names import layer_and_module
 from rlsparse.patch import Patch, check_base, reconstruct
 from rlsparse.tensor_file import TensorInfo
@@ -122,12 +122,22 @@ def mask_rows(
                 f"{info.name} is {list(info.shape)} in {base.path}, its mask in {mask_file.path} "
                 f"{list(mask_file.shapes[info.name])}"
             )
-        packed = mask_file.packed(info.name)
-        for chunk in chunks(info.shape):
-            # Chunks start at a multiple of 64 elements, so at a whole byte.
-            bits = packed[chunk.start // 8 : -(-chunk.stop // 8)]
-            row = {"trial_id": trial_id, "view": "stored", **place_of(info, chunk)}
-            rows.append(row | {"step": step, "kind": kind, "mask": bits.tobytes()})
+        rows += tensor_mask_rows(
+            info, mask_file.packed(info.name), trial_id=trial_id, step=step, kind=kind
+        )
+    return rows
+
+
+def tensor_mask_rows(
+    info: TensorInfo, packed: Packed, *, trial_id: str, step: int, kind: str
+) -> list[Row]:
+    """``mask_rows`` of one tensor, from its packed mask."""
+    rows: list[Row] = []
+    for chunk in chunks(info.shape):
+        # Chunks start at a multiple of 64 elements, so at a whole byte.
+        bits = packed[chunk.start // 8 : -(-chunk.stop // 8)]
+        row = {"trial_id": trial_id, "view": "stored", **place_of(info, chunk)}
+        rows.append(row | {"step": step, "kind": kind, "mask": bits.tobytes()})
     return rows
 
 

@@ -39,6 +39,9 @@ def trial_id(
         mode="json",
         exclude={"keep_checkpoints": True, "model": True, "task": {"source", "test_source"}},
     )
+    for later in ("k_steps", "step_masks"):  # trials without them keep the names that they had
+        if not resolved["probe"][later]:
+            del resolved["probe"][later]
     if resolved["algorithm"].get("data", "gold") not in ("gold", "sampled"):
         resolved["algorithm"]["data"] = "own"
     identity = {

@@ -1,10 +1,11 @@
 """Measures a trial while it trains: snapshots as patches, scores, and what ever changed.
 
-The probe only reads. A trial gives the same weights, bit for bit, whatever its snapshots are.
+The probe only reads. A trial gives the same weights, bit for bit, whatever it measures. It holds no
+copy of the base: a snapshot reads the base again from its checkpoint, tensor by tensor.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,18 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from rlsparse import masks
+from rlsparse import masks, tables
+from rlsparse.checkpoint import Checkpoint
 from rlsparse.config import OnlineConfig, TrialConfig
-from rlsparse.errors import TrialError
+from rlsparse.deltas import tensor_mask_rows
+from rlsparse.errors import CheckpointError, TrialError
+from rlsparse.kernels import cast_bits, popcount
 from rlsparse.models.loading import TORCH_DTYPES
 from rlsparse.patch import PATCH_FILE, TensorPair, write_patch
-from rlsparse.tables import EVER_CHANGED, snapshot_folder
+from rlsparse.tables import EVER_CHANGED, snapshot_folder, step_mask_file
 from rlsparse.tasks.generate import Score
-
-_INTEGER_VIEW = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
+from rlsparse.tensor_file import Bits
+from rlsparse.trajectory import StepChanges, Trajectory
 
 _TOO_FAST = "lower train.learning_rate or set train.max_grad_norm"
 
@@ -41,12 +45,17 @@ class Probe(TrainerCallback):  # type: ignore[misc]
 
     Args:
         config: the trial.
-        model: the model at its base weights; one copy in the stored format is kept, on its device.
+        model: the model at its base weights; ``Trajectory`` says what is held of it.
+        trial_id: written into the masks of steps.
+        base: checkpoint of these weights, in whatever format it is stored.
         base_fingerprint: content hash that each patch names as its base.
         out_dir: folder of the trial; ``snapshots/step-000010/`` and so on are made in it.
         score: greedy held-out score of the model as it is.
         distance: KL divergence of the model as it is to the base.
         on_progress: called after each logged step with the row of table ``steps``.
+
+    Raises:
+        CheckpointError: the model has not the weights of ``base``.
     """
 
     def __init__(
@@ -54,6 +63,8 @@ class Probe(TrainerCallback):  # type: ignore[misc]
         config: TrialConfig,
         model: torch.nn.Module,
         *,
+        trial_id: str,
+        base: Checkpoint,
         base_fingerprint: str,
         out_dir: Path,
         score: Callable[[], Score],
@@ -62,23 +73,37 @@ class Probe(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         self.config = config
         self.model = model
+        self.trial_id = trial_id
+        self.base = base
         self.base_fingerprint = base_fingerprint
         self.out_dir = out_dir
         self.rows: dict[int, dict[str, Any]] = {}
         self.scores: dict[int, Score] = {}
         self.distances: dict[int, float] = {}
+        self.changes: dict[int, StepChanges] = {}
         self.patch_bytes = 0
+        self._num_final = 0
         self._score = score
         self._distance = distance
         self._on_progress = on_progress
-        self._base = {name: bits.clone() for name, bits in self._stored_bits()}
-        self._ever = {name: torch.zeros_like(b, dtype=torch.bool) for name, b in self._base.items()}
+        dtype = TORCH_DTYPES[config.stored_dtype]
+        self._trajectory = Trajectory(model, dtype, config.probe.k_steps)
+        self._check_base()
 
-    def _stored_bits(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Integer view of each weight, tied weights once, as the trial stores it."""
-        dtype = TORCH_DTYPES[self.config.stored_dtype]
-        for name, weight in self.model.named_parameters():
-            yield name, weight.detach().to(dtype).view(_INTEGER_VIEW[dtype])
+    def _check_base(self) -> None:
+        for name, shape, bits in self._trajectory.stored():
+            info = self.base.tensors.get(name)
+            if info is None or info.shape != shape or not np.array_equal(self._base(name), bits):
+                raise CheckpointError(
+                    f"the model that transformers loads from {self.base.path} has other weights "
+                    f"{name} than the files there, so that no patch would fit them; load it and "
+                    "`save_pretrained` it to another folder, and give that one as model.source"
+                )
+
+    def _base(self, name: str) -> Bits:
+        """Bits of a weight of the base, rounded to the stored format as loading rounds it."""
+        info = self.base.tensors[name]
+        return cast_bits(info.read(), info.dtype, self.config.stored_dtype)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Score the model before the first step, under the trainer's own autocast."""
@@ -92,11 +117,13 @@ class Probe(TrainerCallback):  # type: ignore[misc]
             TrialError: a weight is not finite.
         """
         step = state.global_step
-        finite = [torch.isfinite(weight.detach()).all() for weight in self.model.parameters()]
-        if not torch.stack(finite).all():
+        extremes = [x for w in self.model.parameters() for x in torch.aminmax(w.detach())]
+        if not torch.isfinite(torch.stack(extremes)).all():
             raise TrialError(f"weights are not finite after step {step}; {_TOO_FAST}")
-        for name, bits in self._stored_bits():
-            self._ever[name] |= bits != self._base[name]
+        if self.config.probe.step_masks:
+            self._write_step_mask(step)
+        else:
+            self.changes[step] = self._trajectory.advance(step)
         if step in self.config.snapshot_steps:
             self._write_snapshot(step)
             last = step == self.config.train.num_steps
@@ -124,42 +151,87 @@ class Probe(TrainerCallback):  # type: ignore[misc]
             row["data_nll"] = row["loss"]
         if step in self.scores:
             row |= self._measured(step)
-        self.rows[step] = {"step": step, **row}
+        self.rows[step] = {"step": step, **row, **self._changed(step)}
         self._on_progress(self.rows[step])
 
     def _measured(self, step: int) -> dict[str, float]:
         return {"score": self.scores[step].fraction, "kl_base": self.distances[step]}
 
+    def _changed(self, step: int) -> dict[str, float]:
+        changes, total = self.changes[step], self._trajectory.num_elements
+        return {
+            **{f"update_sparsity_k{k}": 1 - n / total for k, n in changes.num_changed.items()},
+            "ever_changed_fraction": changes.num_ever_changed / total,
+        }
+
     def _write_snapshot(self, step: int) -> None:
         folder = self.out_dir / snapshot_folder(step)
         folder.mkdir(parents=True)
         pairs = (
-            TensorPair(
-                name=name,
-                dtype=self.config.stored_dtype,
-                shape=tuple(bits.shape),
-                before_bits=_numpy_bits(self._base[name]),
-                after_bits=_numpy_bits(bits),
-            )
-            for name, bits in self._stored_bits()
+            TensorPair(name, self.config.stored_dtype, shape, self._base(name), bits)
+            for name, shape, bits in self._trajectory.stored()
         )
-        write_patch(folder / PATCH_FILE, pairs, base_fingerprint=self.base_fingerprint)
-        self.patch_bytes += (folder / PATCH_FILE).stat().st_size
+        file = folder / PATCH_FILE
+        patch = write_patch(file, pairs, base_fingerprint=self.base_fingerprint)
+        self._num_final = patch.num_changed
+        self.patch_bytes += patch.size_bytes
 
-    def write_ever_changed(self) -> None:
-        """Write the mask of every weight that differed from the base after any step."""
+    def _write_step_mask(self, step: int) -> None:
+        rows: list[dict[str, Any]] = []
+
+        def add(name: str, mask: masks.Packed) -> None:
+            rows.extend(
+                tensor_mask_rows(
+                    self.base.tensors[name], mask, trial_id=self.trial_id, step=step, kind="step"
+                )
+            )
+
+        self.changes[step] = self._trajectory.advance(step, add)
+        file = self.out_dir / step_mask_file(step)
+        file.parent.mkdir(exist_ok=True)
+        tables.write(tables.from_rows(rows, "masks"), "masks", file)
+
+    def finish(self) -> dict[str, int]:
+        """Write the mask of every weight that differed from the base after any step.
+
+        With the masks of steps, the share of each that is outside the final mask is noted, too.
+
+        Returns:
+            How all weights are split, under the names of table ``trials``: ``num_untouched`` never
+            differed from the base, ``num_cancelled`` did but not after the last step,
+            ``num_final`` did then (2505.11711, section 6, which looks at 21 checkpoints; here the
+            interval is one step).
+        """
         masks.write_masks(
             self.out_dir / EVER_CHANGED,
             {
-                name: (tuple(mask.shape), masks.pack(mask.cpu().numpy()))
-                for name, mask in self._ever.items()
+                name: (self.base.tensors[name].shape, mask)
+                for name, mask in self._trajectory.ever_changed()
             },
             base_fingerprint=self.base_fingerprint,
             metadata={"kind": "ever_changed", "interval_steps": "1"},
         )
+        if self.config.probe.step_masks:
+            self._note_outside()
+        num_ever = self.changes[self.config.train.num_steps].num_ever_changed
+        return {
+            "num_untouched": self._trajectory.num_elements - num_ever,
+            "num_cancelled": num_ever - self._num_final,
+            "num_final": self._num_final,
+        }
 
-
-def _numpy_bits(bits: torch.Tensor) -> np.ndarray:
-    """Flat unsigned integers on the CPU."""
-    flat = bits.reshape(-1).cpu().numpy()
-    return flat.view({2: np.uint16, 4: np.uint32}[flat.itemsize])
+    def _note_outside(self) -> None:
+        final = {
+            name: masks.pack(self._base(name) != bits)
+            for name, _, bits in self._trajectory.stored()
+        }
+        for step, row in self.rows.items():
+            if not step or not (num_changed := self.changes[step].num_changed[1]):
+                continue
+            num_inside = 0
+            for part in tables.read(self.out_dir / step_mask_file(step), "masks").to_pylist():
+                mask = np.frombuffer(part["mask"], np.uint8)
+                start = part["start"] // 8
+                inside = masks.intersection(mask, final[part["tensor"]][start : start + mask.size])
+                num_inside += popcount(inside)
+            row["outside_final"] = 1 - num_inside / num_changed

@@ -8,7 +8,7 @@ element in the flat tensor); all trials of a base share the same chunks.
 
 import pyarrow as pa
 
-from rlsparse.definitions import DEFINITIONS, RANK_TOLERANCES
+from rlsparse.definitions import DEFINITIONS, RANK_TOLERANCES, STEP_WINDOWS
 
 SCHEMA_VERSION = "3"
 OLDER_VERSIONS = frozenset({"2"})
@@ -48,6 +48,11 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("num_clipped_steps", pa.int64()),
             ("kl_final", pa.float64()),  # KL(trained || base) per token, on samples of the trained
             ("patch_bytes", pa.int64()),
+            # All weights of the trained model (tied ones once), looked at after every step: those
+            # that never differed from the base, those that did but not at the end, the others.
+            ("num_untouched", pa.int64()),
+            ("num_cancelled", pa.int64()),
+            ("num_final", pa.int64()),
             ("wall_s", pa.float64()),
             ("cpu_s", pa.float64()),
             ("peak_bytes", pa.int64()),
@@ -78,6 +83,15 @@ SCHEMAS: dict[str, pa.Schema] = {
                 "kl_base",
                 pa.float64(),
             ),  # as trials.kl_final, of this step; as rare as score
+            # Share of all weights (tied ones once) whose stored bits equal those of k steps before:
+            # S_k of arXiv 2602.03839. Every step for k = 1; else at multiples of k, where
+            # `probe.k_steps` has it.
+            *((f"update_sparsity_k{k}", pa.float64()) for k in STEP_WINDOWS),
+            # Share that differed from the base after this step or any before it.
+            ("ever_changed_fraction", pa.float64()),
+            # Share of what this step changed (against the step before) that is equal to the base
+            # after the last step; null without `probe.step_masks`, or where nothing changed.
+            ("outside_final", pa.float64()),
         ]
     ),
     # What a trial scored, one row per evaluation; step 0 is before training.
@@ -169,7 +183,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         [
             ("trial_id", pa.string()),
             ("step", pa.int64()),
-            ("kind", pa.string()),  # final, snapshot, ever_changed
+            ("kind", pa.string()),  # final, snapshot, ever_changed; step, in files of trials
             ("view", pa.string()),
             *_key,
             *_chunk,

@@ -19,6 +19,11 @@ SUMMARY = "summary.json"
 """File of a trial: what it ended with, one number per key."""
 
 
+def step_mask_file(step: int) -> str:
+    """File of a trial, in the columns of table ``masks``: what one step changed."""
+    return f"step_masks/step-{step:06d}.parquet"
+
+
 def snapshot_folder(step: int) -> str:
     """Folder of a trial that holds the patch of one snapshot."""
     return f"snapshots/step-{step:06d}"

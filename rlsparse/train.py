@@ -20,6 +20,7 @@ from transformers import PrinterCallback
 
 from rlsparse import tables
 from rlsparse.algorithms import ALGORITHMS, TrialContext
+from rlsparse.checkpoint import Checkpoint
 from rlsparse.config import NUM_DISTANCE_PROBLEMS, TrialConfig
 from rlsparse.errors import TrialError
 from rlsparse.models.loading import TORCH_DTYPES, load_model, load_tokenizer
@@ -46,7 +47,8 @@ def train_trial(
 
     Files: ``config.json``, ``steps.parquet``, ``eval.parquet``, ``summary.json`` (written last),
     ``ever_changed.mask.safetensors``, ``snapshots/step-000010/weights.patch.safetensors`` per
-    snapshot, and ``checkpoint/`` if the configuration keeps it.
+    snapshot, ``step_masks/step-000001.parquet`` per step and ``checkpoint/`` if the configuration
+    keeps them.
 
     Args:
         config: the resolved trial.
@@ -62,6 +64,7 @@ def train_trial(
 
     Raises:
         TrialError: training cannot go on (no preference pairs, loss or weights not finite).
+        CheckpointError: transformers loads other weights than the files of the base hold.
     """
     gc.collect()  # the trial before this one in the same worker holds cycles
     started, cpu_started = time.monotonic(), time.process_time()
@@ -74,6 +77,8 @@ def train_trial(
     probe = Probe(
         config,
         context.model,
+        trial_id=trial_id,
+        base=Checkpoint.open(base_dir),
         base_fingerprint=base_fingerprint,
         out_dir=out_dir,
         score=lambda: _score(context, context.model),
@@ -86,7 +91,7 @@ def train_trial(
     transformers.set_seed(config.sampling_seed)  # building the trainer seeded with the data's seed
     trainer.train()
     shutil.rmtree(context.scratch_dir, ignore_errors=True)
-    probe.write_ever_changed()
+    split = probe.finish()
     if config.keep_checkpoints:
         _save_checkpoint(context, out_dir / "checkpoint")
     _write_tables(probe, trial_id, out_dir)
@@ -102,6 +107,7 @@ def train_trial(
         "num_clipped_steps": int(sum(clipped)),
         "kl_final": probe.distances[last],
         "patch_bytes": probe.patch_bytes,
+        **split,
         "wall_s": time.monotonic() - started,
         "cpu_s": time.process_time() - cpu_started,
         "peak_bytes": _peak_bytes(),

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import safetensors
+import safetensors.torch
 import torch
 
-from rlsparse.errors import TrialError
+from rlsparse.checkpoint import Checkpoint
+from rlsparse.errors import CheckpointError, TrialError
 from rlsparse.masks import read_masks, unpack
 from rlsparse.patch import PATCH_FILE, Patch
 from rlsparse.probe import Probe
@@ -38,9 +40,14 @@ class Bench:
         self.folder = folder
         self.num_scored = 0
         self.progress: list[dict] = []
+        checkpoint = folder.parent / f"{folder.name}-base.safetensors"
+        weights = {name: weight.detach() for name, weight in self.model.named_parameters()}
+        safetensors.torch.save_file(weights, checkpoint)
         self.probe = Probe(
             config,
             self.model,
+            trial_id="t",
+            base=Checkpoint.open(checkpoint),
             base_fingerprint="f",
             out_dir=folder,
             score=self.score,
@@ -93,6 +100,7 @@ def test_a_patch_at_each_snapshot(bench):
     assert second.after_bits("head.bias", twos, 0, 3).tolist() == [0x4000, 0x4000, 0x8000]
     assert [last.tensors[name].num_changed for name in ("embed.weight", "head.bias")] == [0, 1]
     assert bench.probe.patch_bytes == second.size_bytes + last.size_bytes
+    assert bench.probe.finish() == {"num_untouched": 16, "num_cancelled": 1, "num_final": 1}
 
 
 def test_ever_changed_keeps_what_came_back(bench):
@@ -102,7 +110,7 @@ def test_ever_changed_keeps_what_came_back(bench):
     bench.set("head.bias", 0, 5.0)
     for number in (2, 3, 4):
         bench.step(number)
-    bench.probe.write_ever_changed()
+    bench.probe.finish()
     masks = read_masks(bench.folder / EVER_CHANGED)
     assert masks.shapes == {"embed.weight": (3, 5), "head.bias": (3,)}
     assert np.flatnonzero(unpack(masks.packed("embed.weight"), 15)).tolist() == [7]
@@ -128,6 +136,20 @@ def test_masters_are_rounded_to_what_is_stored(tiny_trial, tmp_path, precision, 
     )
 
 
+def test_a_model_that_is_not_what_its_files_hold_is_refused(tiny_trial, tmp_path):
+    """Its patches would fit no base."""
+    bench = Bench(tiny_trial(), tmp_path)
+    bench.set("head.bias", 1, 7.0)
+    given = {"trial_id": "t", "base_fingerprint": "f", "out_dir": tmp_path, "score": bench.score,
+             "distance": float, "on_progress": print}  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"other weights head\.bias than .*save_pretr"):
+        Probe(bench.probe.config, bench.model, base=bench.probe.base, **given)
+    bench.set("head.bias", 1, 2.0)
+    del bench.probe.base.tensors["head.bias"]
+    with pytest.raises(CheckpointError, match=r"other weights head\.bias"):
+        Probe(bench.probe.config, bench.model, base=bench.probe.base, **given)
+
+
 def test_scores_and_rows(bench):
     bench.probe.on_train_begin(None, None, None)
     assert bench.probe.rows == {0: {"step": 0, "score": 0.1, "kl_base": 0.0}}
@@ -141,7 +163,7 @@ def test_scores_and_rows(bench):
     assert [rows[step]["clipped_fraction"] for step in (1, 2, 3, 4)] == [0, 0, 1, 1]
     assert rows[3] == {
         "step": 3, "loss": 0.5, "grad_norm": 1.5, "learning_rate": 1e-4, "clipped_fraction": 1.0,
-        "data_nll": 0.5,
+        "data_nll": 0.5, "update_sparsity_k1": 1.0, "ever_changed_fraction": 0.0,
     }  # fmt: skip
     assert bench.progress == [rows[step] for step in (1, 2, 3, 4)]
     bench.probe.on_log(None, SimpleNamespace(global_step=4), None, logs={"train_runtime": 1.0})

@@ -25,7 +25,13 @@ from report_study import (
 from scipy import stats
 
 from rlsparse.definitions import DEFINITIONS
-from rlsparse.report.curve_rows import MAX_POINTS, curve_rows, magnitude_rows, rank_rows
+from rlsparse.report.curve_rows import (
+    MAX_POINTS,
+    curve_rows,
+    magnitude_rows,
+    rank_rows,
+    window_rows,
+)
 from rlsparse.report.overlap_rows import (
     RANDOM,
     cell_matrix,
@@ -442,6 +448,24 @@ def test_long_curves_are_averaged_within_stretches(trials):
     assert len(rows) == MAX_POINTS
     assert (rows[0]["step"], rows[0]["mean"]) == (5, pytest.approx(5.5, **SMALL))
     assert rows[-1]["mean"] == pytest.approx(595.5, **SMALL)
+
+
+def test_density_over_k_steps_is_a_mean_of_windows_within_and_of_runs_beside(trials):
+    steps = [
+        {"trial_id": "grpo0", "step": 1, "update_sparsity_k1": 0.9},
+        {"trial_id": "grpo0", "step": 2, "update_sparsity_k1": 0.7, "update_sparsity_k2": 0.6},
+        {"trial_id": "grpo1", "step": 1, "update_sparsity_k1": 0.6},
+        {"trial_id": "grpo1", "step": 2, "update_sparsity_k1": 0.6, "update_sparsity_k2": 0.5},
+    ]
+    rows = window_rows(trials, make_tables(steps=steps))
+    assert [(r["group"], r["k"], r["num_runs"]) for r in rows] == [("grpo", 1, 2), ("grpo", 2, 2)]
+    for row, expected in zip(rows, [(0.3, 0.2, 0.4), (0.45, 0.4, 0.5)], strict=True):
+        assert [row[key] for key in ("mean", "low", "high")] == pytest.approx(expected)
+    curve = curve_rows(trials, [], make_tables(steps=steps))
+    found = [r["mean"] for r in curve if r["measure"] == "step_density"]
+    assert found == pytest.approx([0.25, 0.35])
+    one = [{k: v for k, v in row.items() if k != "update_sparsity_k2"} for row in steps]
+    assert window_rows(trials, make_tables(steps=one)) == []
 
 
 def test_steps_that_a_run_lacks_are_left_out(trials):

@@ -15,6 +15,7 @@ from rlsparse import masks, tables
 from rlsparse.algorithms import ALGORITHMS
 from rlsparse.checkpoint import Checkpoint, fingerprint
 from rlsparse.config import STORED_DTYPE
+from rlsparse.definitions import STEP_WINDOWS
 from rlsparse.deltas import base_rows, measure_patch
 from rlsparse.diff import diff_checkpoints
 from rlsparse.errors import PatchError, TrialError
@@ -297,7 +298,8 @@ def test_steps_table(watched):
     }  # fmt: skip
     for row in rows[1:]:
         present = {key for key, value in row.items() if value is not None}
-        assert present == set(table.column_names) - {"data_nll"}
+        asked = {"outside_final", *(f"update_sparsity_k{k}" for k in STEP_WINDOWS[1:])}
+        assert present == set(table.column_names) - {"data_nll", *asked}
         assert row["learning_rate"] == 3e-4
         assert row["clipped_fraction"] == (row["grad_norm"] > 1.0)
         assert 0 <= row["reward"] <= 1

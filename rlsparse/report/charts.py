@@ -18,6 +18,8 @@ MEASURES = {
     "density": "Density (1 - sparsity) against the step",
     "score": "Held-out score against the step",
     "outside": "Updates outside the final mask, of those made so far",
+    "step_density": "Weights that one step changes",
+    "step_outside": "Updates of one step outside the final mask",
 }
 MAX_CONSENSUS = 12
 """Cells of which the consensus is drawn."""
@@ -36,6 +38,36 @@ def training_charts(curves: Sequence[Row], groups: Sequence[str], series: Series
         if rows:
             charts.append((caption, _curves(caption, rows, series, True)))
     return charts
+
+
+def window_chart(rows: Sequence[Row], groups: Sequence[str], series: Series) -> Captioned:
+    """Density of the change over k steps against k."""
+    shown = [row for row in rows if row["group"] in groups]
+    if not shown:
+        return []
+    last = math.log2(max(row["k"] for row in shown))
+    frame = Frame(
+        Scale(-0.2, last + 0.2), from_zero(row["high"] for row in shown), _power_of_two,
+        short_percent, num_ticks=7,
+    )  # fmt: skip
+    lines, parts = [], []
+    for group in dict.fromkeys(row["group"] for row in shown):
+        look, ids = series.style(group), series.ids(group)
+        own = [row for row in shown if row["group"] == group]
+        lines.append(frame.line(look, [(math.log2(row["k"]), row["mean"]) for row in own], ids))
+        for row in own:
+            ends = " to ".join(percent(row[end]) for end in ("low", "high"))
+            tip = (
+                f"{group}, k = {row['k']}\n{percent(row['mean'])} changed\n"
+                f"{ends} over {row['num_runs']} runs"
+            )
+            parts.append(frame.mark(look, math.log2(row["k"]), row["mean"], tip, ids))
+    title = "Weights that k steps change (1 - S_k), mean over windows"
+    return [(title, frame.chart(title, parts, lines, "steps (k)"))]
+
+
+def _power_of_two(exponent: float) -> str:
+    return _integer(2**exponent) if abs(exponent - round(exponent)) < 1e-9 else ""
 
 
 def loss_charts(curves: Sequence[Row], groups: Sequence[str], series: Series) -> Captioned:

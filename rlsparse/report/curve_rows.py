@@ -7,7 +7,7 @@ import pandas as pd
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from rlsparse.definitions import MIN_EXPONENT, NUM_EXPONENTS
+from rlsparse.definitions import MIN_EXPONENT, NUM_EXPONENTS, STEP_WINDOWS
 from rlsparse.report.rows import Row, Tables, of_one_cell, rows_of
 from rlsparse.study import StudyBase
 
@@ -27,8 +27,8 @@ def curve_rows(trials: Sequence[Row], outside: Sequence[Row], tables: Tables) ->
         tables: ``steps`` is read.
 
     Returns:
-        Rows with ``measure`` (density, score, outside, loss, reward), ``group, step, mean, low,
-        high, num_runs``, at the steps that every run of the group has.
+        Rows with ``measure`` (density, score, outside, step_density, step_outside, loss, reward),
+        ``group, step, mean, low, high, num_runs``, at the steps that every run of the group has.
     """
     snapshots = pd.DataFrame(
         [
@@ -40,14 +40,48 @@ def curve_rows(trials: Sequence[Row], outside: Sequence[Row], tables: Tables) ->
         columns=["trial_id", "step", "score", "density"],
     )  # fmt: skip
     early = pd.DataFrame(outside, columns=["trial_id", "step", "outside"])
-    groups = {t["trial_id"]: t["group"] for t in trials if t["status"] == "finished"}
+    groups = _groups(trials)
+    each = _logged(tables, "update_sparsity_k1")
+    each = each.assign(step_density=1 - each["update_sparsity_k1"])
+    share = _logged(tables, "outside_final").rename(columns={"outside_final": "step_outside"})
     rows = []
     for measure, frame in (
         ("density", snapshots), ("score", snapshots), ("outside", early),
+        ("step_density", each), ("step_outside", share),
         ("loss", _logged(tables, "loss")), ("reward", _logged(tables, "reward")),
     ):  # fmt: skip
         rows += _curves(measure, frame, groups)
     return rows
+
+
+def window_rows(trials: Sequence[Row], tables: Tables) -> list[Row]:
+    """Density of the change over k steps against k, per group of finished trials.
+
+    Rows with ``group, k, num_runs, mean, low, high`` (over runs; of each the mean over its windows,
+    which do not overlap). Without any where no run was measured over more than one step.
+    """
+    if "steps" not in tables:
+        return []
+    groups = _groups(trials)
+    columns = [f"update_sparsity_k{k}" for k in STEP_WINDOWS]
+    frame = tables["steps"].select(["trial_id", *columns]).to_pandas()
+    means = 1 - frame.groupby("trial_id")[columns].mean()
+    means = means.assign(group=means.index.map(groups)).dropna(subset=["group"])
+    if means[columns[1:]].isna().all(axis=None):
+        return []
+    stats = means.groupby("group")[columns].agg(["count", "mean", "min", "max"])
+    return [
+        {"group": group, "k": k, "num_runs": int(count), "mean": mean, "low": low, "high": high}
+        for group in dict.fromkeys(groups.values())
+        if group in stats.index
+        for k, column in zip(STEP_WINDOWS, columns, strict=True)
+        for count, mean, low, high in [stats.loc[group, column].tolist()]
+        if count
+    ]
+
+
+def _groups(trials: Sequence[Row]) -> dict[str, str]:
+    return {t["trial_id"]: t["group"] for t in trials if t["status"] == "finished"}
 
 
 def _logged(tables: Tables, measure: str) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from rlsparse.effects import BOOTSTRAP, UNPAIRED
 from rlsparse.effects.responses import FAILED
 from rlsparse.identity import canonical_json
 from rlsparse.report import charts, formats, heat_maps, strips, svg
-from rlsparse.report.curve_rows import curve_rows, magnitude_rows, rank_rows
+from rlsparse.report.curve_rows import curve_rows, magnitude_rows, rank_rows, window_rows
 from rlsparse.report.overlap_rows import (
     RANDOM,
     cell_matrix,
@@ -165,6 +165,7 @@ def _content(
         "collapsed": collapsed(study, trials),
         "drawn": groups,
         "curves": curve_rows(drawn, outside_rows(study, tables, drawn), tables),
+        "windows": window_rows(drawn, tables),
         "magnitudes": magnitude_rows(study, tables, drawn),
         "density": density_map(study, tables, trials),
         "ranks": rank_rows(study, tables, trials),
@@ -267,6 +268,7 @@ def _figures(content: Row, series: Series) -> dict[str, Any]:
         "control_cells": strips.cell_strips(trials, controls, series),
         "legend": series.legend(groups),
         "training": charts.training_charts(content["curves"], groups, series),
+        "windows": charts.window_chart(content["windows"], groups, series),
         "gain": charts.gain_chart(trials, series),
         "loss": charts.loss_charts(content["curves"], groups, series),
         "density": heat_maps.density_maps(content["density"], series),

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 from command import StudyRun
 
-from pipelines.plan import cpu_seconds, load_base, make_plan, patch_bytes
+from pipelines.plan import (
+    cpu_seconds,
+    load_base,
+    make_plan,
+    patch_bytes,
+    probe_bytes,
+    step_mask_bytes,
+)
 from rlsparse import tables
 from rlsparse.config import ModelConfig, TrialConfig
 from rlsparse.errors import CheckpointError, ConfigError
@@ -95,6 +102,18 @@ def test_patches_are_no_larger_than_said(study_run: StudyRun) -> None:
     for trial, row in zip(study_run.plan.trials, trials, strict=True):
         most = patch_bytes(trial.config, study_run.plan.base(trial).num_weights)
         assert 0 < row["patch_bytes"] <= most
+
+
+def test_memory_and_bytes_of_the_probe() -> None:
+    """A copy of the weights of 2 or 4 bytes each, one more per window, and bits."""
+    own = {"algorithm": {"name": "sft"}, "train": {"num_steps": 10}}
+    plain = TrialConfig.model_validate(own)
+    assert (probe_bytes(plain, 801), step_mask_bytes(plain, 801)) == (1602 + 101, 0)
+    asked = {"k_steps": [2, 8], "step_masks": True}
+    wide = TrialConfig.model_validate(
+        {**own, "train": {"num_steps": 10, "precision": "fp32"}, "probe": asked}
+    )
+    assert (probe_bytes(wide, 801), step_mask_bytes(wide, 801)) == (3 * 3204 + 101, 1010)
 
 
 def make_study(**baseline: object) -> Study:

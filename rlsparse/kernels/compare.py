@@ -1,0 +1,35 @@
+"""Bitwise change alone, in one pass: for measuring while training, where every step counts."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rlsparse.kernels import layout as at
+from rlsparse.kernels.machine_code import load
+from rlsparse.tensor_file import Bits
+
+
+def compare(before: Bits, after: Bits, words: NDArray[np.uint64]) -> int:
+    """Find what differs between two runs of weights.
+
+    Args:
+        before: bits, shape [n], contiguous.
+        after: likewise, of the same width.
+        words: shape [ceil(n / 64)], contiguous; is filled with the packed mask (bit i of word j is
+            pair 64 j + i, those beyond the last pair are zero).
+
+    Returns:
+        Number of pairs whose bits differ.
+    """
+    assert before.shape == after.shape
+    assert before.dtype == after.dtype
+    assert words.shape == (-(-before.size // 64),)
+    assert before.flags.c_contiguous
+    assert after.flags.c_contiguous
+    assert words.flags.c_contiguous
+    counts = np.zeros(at.NUM_INTEGERS, np.int64)
+    unused = counts.ctypes.data  # the kernel's other results are those of `Scan`
+    load(f"compare_{8 * before.itemsize}", 7, 1)(
+        before.ctypes.data, after.ctypes.data, words.ctypes.data,
+        counts.ctypes.data, unused, unused, unused, before.size,
+    )  # fmt: skip
+    return int(counts[at.CHANGED])
