@@ -158,6 +158,8 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Say what is done, running, failed and left, and why trials failed."""
+    from pipelines.saves import Saves
+
     plan = _plan_of(study, storage, overrides)
     at_work = plan.storage.is_locked()
     rows: list[dict[str, Any]] = []
@@ -173,6 +175,7 @@ def status(
                 else entry.status,
                 "attempts": entry.attempts,
                 "error": entry.error,
+                "saved_step": max(Saves(plan.storage, trial.trial_id).steps(), default=None),
             }
         )
     names = ("finished", "running", "interrupted", "failed", "planned")
@@ -186,8 +189,9 @@ def status(
     )
     for row in rows:
         if row["status"] != "finished":
-            line = f"  {row['status']:11} {row['trial_id']} {row['label']} {row['error'] or ''}"
-            print(line.rstrip())
+            saved = f"saved at step {row['saved_step']}" if row["saved_step"] else ""
+            more = " ".join(filter(None, [row["error"], saved]))
+            print(f"  {row['status']:11} {row['trial_id']} {row['label']} {more}".rstrip())
 
 
 @app.command()

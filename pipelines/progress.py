@@ -87,6 +87,10 @@ class Progress:
         text = f"attempt {attempt} of {self.trials[trial_id].label} ({trial_id}) ended: {reason}"
         self._say(f"{text}; trying again")
 
+    def noted(self, trial_id: str, text: str) -> None:
+        """A trial's worker has something to tell."""
+        self._say(f"{self.trials[trial_id].label} ({trial_id}): {text}")
+
     def ended(self, trial_id: str) -> None:
         """A trial finished or failed."""
         self.running.pop(trial_id, None)

@@ -177,7 +177,9 @@ def provenance(storage: Storage) -> dict[str, Any]:
 
 def settings(study: StudyBase) -> dict[str, Any]:
     """What is varied and what is held fixed: the part of a study that its claims are about."""
-    return study.model_dump(mode="json", include=_SETTINGS)
+    settings = study.model_dump(mode="json", include=_SETTINGS)
+    settings.get("resources", {}).pop("save_interval_s", None)  # changes no result
+    return settings
 
 
 def study_hash(study: StudyBase) -> str:

@@ -8,6 +8,7 @@ marker lists the files with sizes and hashes and is written last.
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import uuid
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from pyarrow import fs
 
@@ -25,6 +26,7 @@ from rlsparse.errors import StorageError
 
 MARKER = "_SUCCESS"
 LOCK = "driver.lock"
+_PIECE_BYTES = 2**24
 
 
 class Storage:
@@ -110,19 +112,44 @@ class Storage:
         Raises:
             StorageError: it cannot be written.
         """
+        self._write(name, io.BytesIO(content))
+
+    def put(self, file: Path, name: str) -> None:
+        """Copy a local file here, of any size, all or nothing.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        with file.open("rb") as source:
+            self._write(name, source)
+
+    def get(self, name: str, file: Path) -> None:
+        """Copy a file of any size from here to a local one, and make the folders above that.
+
+        Raises:
+            StorageError: it is not there or cannot be read.
+        """
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with self._root[0].open_input_stream(self.path(name)) as source, file.open("wb") as to:
+                shutil.copyfileobj(source, to, _PIECE_BYTES)
+        except OSError as error:
+            raise StorageError(f"cannot read {self.url}/{name}: {error}") from error
+
+    def _write(self, name: str, source: BinaryIO) -> None:
         target = self.path(name)
         filesystem = self._root[0]
         try:
             filesystem.create_dir(os.path.dirname(target), recursive=True)
             if not self.is_local:
                 with filesystem.open_output_stream(target) as stream:
-                    stream.write(content)
+                    shutil.copyfileobj(source, stream, _PIECE_BYTES)
                 return
             folder, base = os.path.split(target)
             temporary = f"{folder}/.{base}.{uuid.uuid4().hex}"
             try:
                 with open(temporary, "wb") as file:
-                    file.write(content)
+                    shutil.copyfileobj(source, file, _PIECE_BYTES)
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(temporary, target)
@@ -144,6 +171,11 @@ class Storage:
         """Delete a file if it is there."""
         if self.exists(name):
             self._root[0].delete_file(self.path(name))
+
+    def delete_folder(self, name: str) -> None:
+        """Delete a folder and all in it, if it is there."""
+        if self.exists(name):
+            self._root[0].delete_dir(self.path(name))
 
     # --- folders that are done when their marker is there ------------------------------------
 

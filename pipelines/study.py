@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pipelines import aggregate, collect, record
+from pipelines import aggregate, collect, record, saves
 from pipelines.aggregate import Tables
 from pipelines.plan import Plan
 from pipelines.progress import Progress
@@ -73,6 +73,8 @@ def run_study(
             if entries[trial.trial_id].status != "finished"
             and (only is None or trial.trial_id.startswith(only))
         ]
+        unfinished = {n for n, entry in entries.items() if entry.status != "finished"}
+        saves.prune(plan.storage, keep=unfinished)
         if todo and not allow_mixed:
             _check_environment(plan)
         with RaySession(address) as session:

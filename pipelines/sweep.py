@@ -20,6 +20,7 @@ from ray.tune.progress_reporter import TrialProgressCallback
 
 from pipelines.ledger import Ledger
 from pipelines.plan import Plan, load_base
+from pipelines.saves import Saves
 from pipelines.storage import Storage
 from rlsparse.config import TrialConfig
 from rlsparse.errors import ConfigError, RlsparseError
@@ -36,6 +37,9 @@ class Listener(Protocol):
 
     def stepped(self, trial_id: str, row: dict[str, Any]) -> None:
         """The trial made a step; ``row`` is of table ``steps``."""
+
+    def noted(self, trial_id: str, text: str) -> None:
+        """The trial's worker has something to tell."""
 
     def retried(self, trial_id: str, attempt: int, reason: str) -> None:
         """The trial's worker died or raised; it will run again."""
@@ -75,11 +79,13 @@ def run_trial(spec: dict[str, Any], report: Any = lambda metrics: None) -> None:
 
     Args:
         spec: made by ``run_trials``; plain data.
-        report: called with small dictionaries while it trains.
+        report: called with small dictionaries while it trains: rows of table ``steps``, and
+            ``note`` with a line for people.
     """
     from rlsparse.train import environment, train_trial
 
     storage, name = Storage(spec["storage"]), spec["trial_id"]
+    saves = Saves(storage, name)
     config = TrialConfig.model_validate(spec["config"])
     ledger = Ledger(storage)
     host, dead = socket.gethostname(), ledger.get(name)
@@ -107,14 +113,43 @@ def run_trial(spec: dict[str, Any], report: Any = lambda metrics: None) -> None:
                 out_dir=folder,
                 num_threads=spec["num_threads"],
                 on_progress=on_progress,
+                saving=_saving(spec, config, base.fingerprint, saves, folder, report),
             )
         except RlsparseError as error:
             ledger.fail(name, f"{type(error).__name__}: {error}")
             return
         storage.publish(folder, f"trials/{name}")
+        saves.delete()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     ledger.finish(name)
+
+
+def _saving(
+    spec: dict[str, Any],
+    config: TrialConfig,
+    base_fingerprint: str,
+    saves: Saves,
+    folder: Path,
+    report: Any,
+) -> Any:
+    """How a trial is saved, if it is, and the newest save that it can go on from, if there is one.
+
+    The save's files of the trial are put into ``folder``.
+    """
+    from rlsparse.saves import Saving, check
+    from rlsparse.train import identity
+
+    if spec["save_interval_s"] is None:
+        return None
+    maker = identity(config, spec["trial_id"], base_fingerprint, spec["num_threads"])
+
+    def note(text: str) -> None:
+        report({"note": text})
+
+    save = folder / "scratch" / "newest"
+    newest = saves.newest(save, folder, lambda: check(save, folder, maker), note)
+    return Saving(spec["save_interval_s"], saves.put, newest, note)
 
 
 def _check_data(config: TrialConfig, expect: str) -> None:
@@ -147,6 +182,7 @@ def _spec(plan: Plan, trial: Trial) -> dict[str, Any]:
         "base_identity": plan.base(trial).identity,
         "data_version": trial.data_version,
         "num_threads": plan.study.resources.num_threads,
+        "save_interval_s": plan.study.resources.save_interval_s,
     }
 
 
@@ -174,8 +210,11 @@ class _Relay(TrialProgressCallback):  # type: ignore[misc]
     def on_trial_result(
         self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **_: Any
     ) -> None:
-        if "step" in result:
-            self._listener.stepped(trial.config["spec"]["trial_id"], result)
+        name = trial.config["spec"]["trial_id"]
+        if "note" in result:
+            self._listener.noted(name, result["note"])
+        elif "step" in result:
+            self._listener.stepped(name, result)
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
         self._listener.ended(trial.config["spec"]["trial_id"])

@@ -40,6 +40,15 @@ class _Fp32MomentOptimizer(torch.optim.Optimizer):
                     )
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, which casts moments to the format of the weights; but they stay fp32."""
+        super().load_state_dict(state_dict)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for weight, number in zip(group["params"], saved["params"], strict=True):
+                for name, value in state_dict["state"].get(number, {}).items():
+                    if isinstance(value, torch.Tensor):
+                        self.state[weight][name] = value.to(weight.device, copy=True)
+
     def _updated(
         self,
         value: torch.Tensor,

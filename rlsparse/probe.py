@@ -39,6 +39,9 @@ _LOGGED = {
 }
 """Names in TRL's logs -> columns of table ``steps``."""
 
+_REMEMBERED = ("rows", "scores", "distances", "changes", "patch_bytes", "_num_final")
+"""Attributes of the probe that a save of the trial holds."""
+
 
 class Probe(TrainerCallback):  # type: ignore[misc]
     """Trainer callback that writes the files of a trial.
@@ -105,8 +108,21 @@ class Probe(TrainerCallback):  # type: ignore[misc]
         info = self.base.tensors[name]
         return cast_bits(info.read(), info.dtype, self.config.stored_dtype)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered between steps, apart from the files and the weights as they are."""
+        own = {name: getattr(self, name) for name in _REMEMBERED}
+        return {**own, "trajectory": self._trajectory.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave, the model being at the weights of then."""
+        for name in _REMEMBERED:
+            setattr(self, name, state[name])
+        self._trajectory.load_state_dict(state["trajectory"])
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Score the model before the first step, under the trainer's own autocast."""
+        if state.global_step:  # it goes on from a save
+            return
         self.scores[0], self.distances[0] = self._score(), 0.0
         self.rows[0] = {"step": 0, **self._measured(0)}
 

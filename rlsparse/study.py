@@ -50,12 +50,17 @@ class StudyError(ConfigError):
 
 
 class Resources(Config):
-    """What one trial occupies; part of the trial's identity where it can change bits."""
+    """What one trial occupies; part of the trial's identity where it can change bits.
+
+    ``save_interval_s``: a trial that trains for longer is saved so often, and goes on from there
+    after a kill; 0 saves after every step, null never.
+    """
 
     num_threads: int = Field(1, ge=1)
     num_gpus: float = Field(0.0, ge=0)
     num_workers: Literal[1] = 1
     max_failures: int = Field(2, ge=0)
+    save_interval_s: float | None = Field(600.0, ge=0)
 
 
 class StudyBase(Config):

@@ -26,6 +26,7 @@ from rlsparse.errors import TrialError
 from rlsparse.models.loading import TORCH_DTYPES, load_model, load_tokenizer
 from rlsparse.optim import select_trainable
 from rlsparse.probe import Probe
+from rlsparse.saves import Saver, Saving, spent
 from rlsparse.tables import SUMMARY
 from rlsparse.tasks import Problem, Task, load_reward, load_task, render_prompts
 from rlsparse.tasks.generate import Score, evaluate, kl_divergence
@@ -42,8 +43,11 @@ def train_trial(
     out_dir: Path,
     num_threads: int = 1,
     on_progress: Callable[[dict[str, Any]], None] = lambda row: None,
+    saving: Saving | None = None,
 ) -> dict[str, Any]:
-    """Run one trial and leave its files in ``out_dir``, which must not hold a trial yet.
+    """Run one trial and leave its files in ``out_dir``.
+
+    The folder must not hold a trial yet, or, to go on from a save, just the files that it names.
 
     Files: ``config.json``, ``steps.parquet``, ``eval.parquet``, ``summary.json`` (written last),
     ``ever_changed.mask.safetensors``, ``snapshots/step-000010/weights.patch.safetensors`` per
@@ -58,16 +62,25 @@ def train_trial(
         out_dir: folder for the files of the trial; made if missing.
         num_threads: CPU threads; part of what determines the bits.
         on_progress: called after each step with its row of table ``steps``.
+        saving: how the trial is saved meanwhile, and the save that it goes on from; from a save
+            it ends with the same bits as if nothing had happened.
 
     Returns:
-        The summary, as written.
+        The summary, as written; of a trial that went on from a save, its times include what the
+        trial had taken before it.
 
     Raises:
         TrialError: training cannot go on (no preference pairs, loss or weights not finite).
         CheckpointError: transformers loads other weights than the files of the base hold.
     """
     gc.collect()  # the trial before this one in the same worker holds cycles
+    before = spent(saving)
     started, cpu_started = time.monotonic(), time.process_time()
+
+    def clock() -> dict[str, float]:
+        wall_s, cpu_s = time.monotonic() - started, time.process_time() - cpu_started
+        return {"wall_s": before["wall_s"] + wall_s, "cpu_s": before["cpu_s"] + cpu_s}
+
     out_dir.mkdir(parents=True, exist_ok=True)
     _write_json(out_dir / "config.json", config.model_dump(mode="json"))
     _make_deterministic(config.sampling_seed, num_threads)
@@ -88,8 +101,14 @@ def train_trial(
     trainer = ALGORITHMS[config.algorithm.name](context)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(probe)
+    if saving is not None:
+        maker = identity(config, trial_id, base_fingerprint, num_threads)
+        trainer.add_callback(
+            Saver(trainer, probe, context.reward, saving=saving, identity=maker, clock=clock)
+        )
     transformers.set_seed(config.sampling_seed)  # building the trainer seeded with the data's seed
-    trainer.train()
+    resume_from = saving and saving.resume_from and str(saving.resume_from)
+    trainer.train(resume_from_checkpoint=resume_from)
     shutil.rmtree(context.scratch_dir, ignore_errors=True)
     split = probe.finish()
     if config.keep_checkpoints:
@@ -108,8 +127,7 @@ def train_trial(
         "kl_final": probe.distances[last],
         "patch_bytes": probe.patch_bytes,
         **split,
-        "wall_s": time.monotonic() - started,
-        "cpu_s": time.process_time() - cpu_started,
+        **clock(),
         "peak_bytes": _peak_bytes(),
     }
     _write_json(out_dir / SUMMARY, summary)
@@ -222,6 +240,19 @@ def _write_tables(probe: Probe, trial_id: str, out_dir: Path) -> None:
         for step, score in sorted(probe.scores.items())
     ]
     tables.write(tables.from_rows(scores, "eval"), "eval", out_dir / "eval.parquet")
+
+
+def identity(
+    config: TrialConfig, trial_id: str, base_fingerprint: str, num_threads: int
+) -> dict[str, Any]:
+    """All that decides the bits of a trial on this machine: a save of another is not used."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "trial": trial_id,
+        "base": base_fingerprint,
+        "num_threads": num_threads,
+        **environment(),
+    }
 
 
 def environment() -> dict[str, str]:

@@ -6,6 +6,7 @@ counts, and packed masks that are asked for, come to the host.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,6 +107,19 @@ class Trajectory:
             if on_mask:
                 on_mask(name, _packed(words[1], weight.numel()))
         return StepChanges({k: int(count) for k, count in changed.items()}, int(ever))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered between steps, but for the weights as they are now."""
+        windows = {k: copies for k, copies in self._copies.items() if k > 1}
+        return {"windows": windows, "ever": self._ever}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave, the model being at the weights of then."""
+        for name, weight in self._weights():
+            self._copies[1][name].copy_(_bits(weight, self._dtype))
+            self._ever[name].copy_(state["ever"][name])
+            for k, copies in state["windows"].items():
+                self._copies[k][name].copy_(copies[name])
 
     def ever_changed(self) -> Iterator[tuple[str, Packed]]:
         """Packed mask of each weight tensor: what differed from the base after any step."""

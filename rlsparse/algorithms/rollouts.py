@@ -72,6 +72,15 @@ class Companion:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and optimizer, between steps."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
 
 def copy_of(model: Any, *, temperature: float) -> Any:
     """Copy of a language model, without dropout, for ``TokenAdvantageTrainer.log_probs``.

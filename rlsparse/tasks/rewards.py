@@ -60,22 +60,39 @@ class Graded:
         return [self._grade(c, a) for c, a in zip(completions, answers, strict=True)]
 
 
-class Shuffled:
+class Seeded:
+    """A reward that draws from a generator of its own per call: no call depends on another's size.
+
+    Attributes:
+        num_calls: calls so far; with the seed they decide what is drawn next.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self.num_calls = 0
+
+    def _next_generator(self) -> np.random.Generator:
+        generator = np.random.default_rng([self._seed, self.num_calls])
+        self.num_calls += 1
+        return generator
+
+
+class Shuffled(Seeded):
     """Rewards permuted among the completions of the same prompt in a call.
 
     Each prompt keeps its rewards, and so its mean, spread and difficulty.
     """
 
     def __init__(self, reward: Reward, seed: int) -> None:
+        super().__init__(seed)
         self._reward = reward
-        self._generators = _Generators(seed)
 
     def __call__(
         self, *, prompts: list[str], completions: list[str], answers: list[str]
     ) -> list[float]:
         """See ``Reward``."""
         rewards = self._reward(prompts=prompts, completions=completions, answers=answers)
-        generator = self._generators.next()
+        generator = self._next_generator()
         places: dict[str, list[int]] = defaultdict(list)
         for place, prompt in enumerate(prompts):
             places[prompt].append(place)
@@ -86,17 +103,14 @@ class Shuffled:
         return shuffled
 
 
-class CoinToss:
+class CoinToss(Seeded):
     """0 or 1 with equal chances, whatever the completion."""
-
-    def __init__(self, seed: int) -> None:
-        self._generators = _Generators(seed)
 
     def __call__(
         self, *, prompts: list[str], completions: list[str], answers: list[str]
     ) -> list[float]:
         """See ``Reward``."""
-        tosses: list[float] = self._generators.next().integers(2, size=len(completions)).tolist()
+        tosses: list[float] = self._next_generator().integers(2, size=len(completions)).tolist()
         return [float(toss) for toss in tosses]
 
 
@@ -137,19 +151,6 @@ class UserReward:
                     f"{self._name} returned {_brief(reward)} for completion {place}; {allowed}"
                 )
         return [float(reward) for reward in rewards]
-
-
-class _Generators:
-    """A generator of random numbers per call, so that no call depends on the size of another."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._num_calls = 0
-
-    def next(self) -> np.random.Generator:
-        generator = np.random.default_rng([self._seed, self._num_calls])
-        self._num_calls += 1
-        return generator
 
 
 def _brief(value: object) -> str:

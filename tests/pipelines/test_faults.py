@@ -29,6 +29,7 @@ baseline:
 factors:
   algorithm.name: [grpo, sft]
 seeds: [0, 1]
+resources: {save_interval_s: 0}
 claims:
   - {id: grpo-sparser-than-sft, kind: greater, a: {algorithm: grpo}, b: {algorithm: sft}}
 """
@@ -39,7 +40,7 @@ MAY_DIFFER = ["wall_s", "cpu_s", "peak_bytes", "attempts", "host"]
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudyRun]:
     command = Command(tmp_path_factory.mktemp("undisturbed"))
     try:
-        run = run_study(command, STUDY)
+        run = run_study(command, STUDY.replace("save_interval_s: 0", "save_interval_s: null"))
         assert run.result.returncode == 0, run.result.stderr
         yield run
     finally:
@@ -114,6 +115,7 @@ def assert_tidy(run: Disturbed) -> None:
     assert run.command.processes() == []
     assert list(run.command.temporary.glob("rlsparse-trial-*")) == []
     assert not (run.storage / "study" / "driver.lock").exists()
+    assert list((run.storage / "study").glob("saves/*")) == []
 
 
 def assert_one_mlflow_run_each(run: Disturbed) -> None:
@@ -131,7 +133,8 @@ def test_a_killed_worker_is_replaced(disturbed: Disturbed, undisturbed: StudyRun
     worker = psutil.Process(pid)
     assert worker in disturbed.command.processes()
     worker.kill()
-    disturbed.finish()
+    _, err = disturbed.finish()
+    assert re.search(rf"\({victim}\): goes on from step \d+$", err, re.MULTILINE), err
     attempts = {t.trial_id: disturbed.plan.ledger.get(t.trial_id).attempts
                 for t in disturbed.plan.trials}  # fmt: skip
     assert attempts == dict.fromkeys(attempts, 1) | {victim: 2}
@@ -152,6 +155,7 @@ def test_a_killed_driver_resumes(disturbed: Disturbed, undisturbed: StudyRun) ->
     disturbed.start()
     _, err = disturbed.finish()
     assert f"4 trials: {len(done)} done, {4 - len(done)} to run" in err
+    assert "goes on from step" in err
     for trial in disturbed.plan.trials:
         attempts = disturbed.plan.ledger.get(trial.trial_id).attempts
         assert attempts == 1 if trial.trial_id in done else attempts in (1, 2)
