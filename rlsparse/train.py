@@ -16,9 +16,9 @@ from typing import Any, Literal
 import datasets
 import torch
 import transformers
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 
-from rlsparse import tables
+from rlsparse import distributed, tables
 from rlsparse.algorithms import ALGORITHMS, TrialContext
 from rlsparse.checkpoint import Checkpoint
 from rlsparse.config import NUM_DISTANCE_PROBLEMS, TrialConfig
@@ -26,6 +26,7 @@ from rlsparse.errors import TrialError
 from rlsparse.models.loading import TORCH_DTYPES, load_model, load_tokenizer
 from rlsparse.optim import select_trainable
 from rlsparse.probe import Probe
+from rlsparse.resources import Strategy
 from rlsparse.tables import SUMMARY
 from rlsparse.tasks import Problem, Task, load_reward, load_task, render_prompts
 from rlsparse.tasks.generate import Score, evaluate, kl_divergence
@@ -41,9 +42,13 @@ def train_trial(
     base_fingerprint: str,
     out_dir: Path,
     num_threads: int = 1,
+    strategy: Strategy = "ddp",
     on_progress: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
     """Run one trial and leave its files in ``out_dir``, which must not hold a trial yet.
+
+    Where a process group of several workers is there, each of them calls this with a folder of its
+    own; they train together, and the first leaves the files.
 
     Files: ``config.json``, ``steps.parquet``, ``eval.parquet``, ``summary.json`` (written last),
     ``ever_changed.mask.safetensors``, ``snapshots/step-000010/weights.patch.safetensors`` per
@@ -57,10 +62,11 @@ def train_trial(
         base_fingerprint: content hash of the base model.
         out_dir: folder for the files of the trial; made if missing.
         num_threads: CPU threads; part of what determines the bits.
+        strategy: how several workers train together.
         on_progress: called after each step with its row of table ``steps``.
 
     Returns:
-        The summary, as written.
+        The summary, as written; empty on workers that write none.
 
     Raises:
         TrialError: training cannot go on (no preference pairs, loss or weights not finite).
@@ -72,6 +78,9 @@ def train_trial(
     _write_json(out_dir / "config.json", config.model_dump(mode="json"))
     _make_deterministic(config.sampling_seed, num_threads)
     context = _load(config, base_dir, out_dir / "scratch")
+    if distributed.rank() > 0:
+        _train(context, _Follower(on_progress))
+        return {}
     score_base = _score_stored(context, base_dir)
     median = _median_magnitude(context.model)
     probe = Probe(
@@ -85,12 +94,7 @@ def train_trial(
         distance=lambda: _distance(context, base_dir),
         on_progress=on_progress,
     )
-    trainer = ALGORITHMS[config.algorithm.name](context)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(probe)
-    transformers.set_seed(config.sampling_seed)  # building the trainer seeded with the data's seed
-    trainer.train()
-    shutil.rmtree(context.scratch_dir, ignore_errors=True)
+    _train(context, probe)
     split = probe.finish()
     if config.keep_checkpoints:
         _save_checkpoint(context, out_dir / "checkpoint")
@@ -116,6 +120,27 @@ def train_trial(
     return summary
 
 
+def _train(context: TrialContext, callback: TrainerCallback) -> None:
+    trainer = ALGORITHMS[context.config.algorithm.name](context)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(callback)
+    # Building the trainer seeded with the data's seed.
+    transformers.set_seed(distributed.worker_seed(context.config.sampling_seed))
+    trainer.train()
+    shutil.rmtree(context.scratch_dir, ignore_errors=True)
+
+
+class _Follower(TrainerCallback):  # type: ignore[misc]
+    """Says that a worker that measures nothing made a step, as the one that measures does."""
+
+    def __init__(self, on_progress: Callable[[dict[str, Any]], None]) -> None:
+        self._on_progress = on_progress
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" in logs:
+            self._on_progress({"step": state.global_step})
+
+
 def _load(config: TrialConfig, base_dir: Path, scratch_dir: Path) -> TrialContext:
     """Model, tokenizer and data of a trial, on the device that it trains on."""
     task = load_task(config.task)
@@ -132,7 +157,9 @@ def _load(config: TrialConfig, base_dir: Path, scratch_dir: Path) -> TrialContex
         task=task,
         problems=_problems(config, task, tokenizer, "train"),
         reward=load_reward(
-            getattr(config.algorithm, "reward", "task"), task, seed=config.sampling_seed
+            getattr(config.algorithm, "reward", "task"),
+            task,
+            seed=distributed.worker_seed(config.sampling_seed),
         ),
         scratch_dir=scratch_dir,
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from rlsparse import distributed
 from rlsparse.algorithms.arguments import algorithm_arguments, training_arguments
 from rlsparse.config import OnlineConfig, TrialConfig
 from rlsparse.errors import TrialError
@@ -36,7 +37,11 @@ class TrialContext:
         where nothing is said, recomputed activations, another optimizer, logging every ten steps.
         """
         return {
-            **training_arguments(self.config.train, data_seed=self.config.data_seed),
+            **training_arguments(
+                self.config.train,
+                data_seed=self.config.data_seed,
+                num_workers=distributed.num_workers(),
+            ),
             **algorithm_arguments(self.config.algorithm),
             "output_dir": str(self.scratch_dir),
             "fp16": False,
@@ -78,12 +83,12 @@ class TrialContext:
         }
 
     def dataset(self, rows: list[dict[str, Any]]) -> Dataset:
-        """Rows as a data set; every optimizer step takes a whole batch of them.
+        """Rows as a data set, those of the first worker; every step takes a whole batch of them.
 
         Raises:
             TrialError: there are fewer than one batch.
         """
-        wanted = self.config.train.batch_size
+        rows, wanted = distributed.from_first(rows), self.config.train.batch_size
         if len(rows) < wanted:
             raise TrialError(
                 f"{self.config.algorithm.name} has {len(rows)} examples, fewer than "
