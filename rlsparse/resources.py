@@ -49,6 +49,16 @@ class Resources(Config):
         if self.num_workers == 1:
             return None
         micro, algorithm = config.train.micro_batch_size, config.algorithm
+        if self.strategy == "fsdp" and isinstance(algorithm, OnlineConfig):
+            return (
+                f"strategy fsdp does not train {algorithm.name}, which samples from the policy; "
+                "leave strategy out (ddp), or take another algorithm"
+            )
+        if self.strategy == "fsdp" and config.keep_checkpoints:
+            return (
+                "strategy fsdp keeps no checkpoints, since no worker holds the whole model; leave "
+                "keep_checkpoints out: the patches are lossless"
+            )
         whole = self.num_workers * (2 if isinstance(algorithm, KtoConfig) else 1)
         if micro % self.num_workers or micro < whole:
             return (

@@ -27,6 +27,7 @@ from rlsparse.models.loading import TORCH_DTYPES, load_model, load_tokenizer
 from rlsparse.optim import select_trainable
 from rlsparse.probe import Probe
 from rlsparse.resources import Strategy
+from rlsparse.sharded import is_sharded, spaced
 from rlsparse.tables import SUMMARY
 from rlsparse.tasks import Problem, Task, load_reward, load_task, render_prompts
 from rlsparse.tasks.generate import Score, evaluate, kl_divergence
@@ -75,10 +76,12 @@ def train_trial(
     gc.collect()  # the trial before this one in the same worker holds cycles
     started, cpu_started = time.monotonic(), time.process_time()
     out_dir.mkdir(parents=True, exist_ok=True)
-    _write_json(out_dir / "config.json", config.model_dump(mode="json"))
+    if distributed.rank() == 0:
+        _write_json(out_dir / "config.json", config.model_dump(mode="json"))
     _make_deterministic(config.sampling_seed, num_threads)
-    context = _load(config, base_dir, out_dir / "scratch")
-    if distributed.rank() > 0:
+    num_shards = distributed.num_workers() if strategy == "fsdp" else 1
+    context = _load(config, base_dir, out_dir / "scratch", num_shards)
+    if distributed.rank() > 0 and num_shards == 1:
         _train(context, _Follower(on_progress))
         return {}
     score_base = _score_stored(context, base_dir)
@@ -96,6 +99,8 @@ def train_trial(
     )
     _train(context, probe)
     split = probe.finish()
+    if distributed.rank() > 0:
+        return {}
     if config.keep_checkpoints:
         _save_checkpoint(context, out_dir / "checkpoint")
     _write_tables(probe, trial_id, out_dir)
@@ -141,11 +146,13 @@ class _Follower(TrainerCallback):  # type: ignore[misc]
             self._on_progress({"step": state.global_step})
 
 
-def _load(config: TrialConfig, base_dir: Path, scratch_dir: Path) -> TrialContext:
+def _load(
+    config: TrialConfig, base_dir: Path, scratch_dir: Path, num_shards: int = 1
+) -> TrialContext:
     """Model, tokenizer and data of a trial, on the device that it trains on."""
     task = load_task(config.task)
     tokenizer = load_tokenizer(base_dir)
-    model = load_model(base_dir, config.train.precision)
+    model = load_model(base_dir, config.train.precision, num_shards=num_shards)
     select_trainable(model, config.train)
     if torch.cuda.is_available():
         model = model.to("cuda")
@@ -162,6 +169,7 @@ def _load(config: TrialConfig, base_dir: Path, scratch_dir: Path) -> TrialContex
             seed=distributed.worker_seed(config.sampling_seed),
         ),
         scratch_dir=scratch_dir,
+        num_shards=num_shards,
     )
 
 
@@ -203,7 +211,7 @@ def _distance(context: TrialContext, base_dir: Path) -> float:
     """
     config, model = context.config, context.model
     precision, was_training = config.train.precision, model.training
-    base = load_model(base_dir, precision).to(model.device).eval()
+    base = load_model(base_dir, precision, num_shards=context.num_shards).to(model.device).eval()
     problems = _problems(config, context.task, context.tokenizer, "test")
     # The trainer has wrapped the trained model in autocast, but not the base.
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
@@ -230,7 +238,8 @@ def _score_stored(context: TrialContext, base_dir: Path) -> Score | None:
     """Score of the base as it is stored, where the trainer's autocast may score it otherwise."""
     if context.config.train.precision != "bf16-mixed":
         return None
-    return _score(context, load_model(base_dir, "bf16").to(context.model.device))
+    stored = load_model(base_dir, "bf16", num_shards=context.num_shards)
+    return _score(context, stored.to(context.model.device))
 
 
 def _write_tables(probe: Probe, trial_id: str, out_dir: Path) -> None:
@@ -284,6 +293,8 @@ def _median_magnitude(model: torch.nn.Module) -> float:
     """Median |w| over at most 2^22 evenly spaced weights."""
     total = sum(weight.numel() for weight in model.parameters())
     stride = max(1, total // _MEDIAN_SAMPLE)
+    if is_sharded(model):
+        return float(spaced(model, stride).median())
     parts = [w.detach().reshape(-1)[::stride].abs().float().cpu() for w in model.parameters()]
     return float(torch.cat(parts).median())
 

@@ -63,6 +63,7 @@ def _worker(rank: int, num_workers: int, port: int, jobs: list[Job], base: Any) 
 
 def _train(job: Job, rank: int, base: Any) -> None:
     from rlsparse import train
+    from rlsparse.sharded import split
 
     contexts, load = [], train._load
 
@@ -85,6 +86,7 @@ def _train(job: Job, rank: int, base: Any) -> None:
     finally:
         train._load = load
     (job.of(rank) / "progress.json").write_text(json.dumps(progress))
+    split(contexts[0].model)
     whole = {name: _whole(w) for name, w in contexts[0].model.named_parameters()}
     torch.save(whole, job.of(rank) / "weights.pt")
 

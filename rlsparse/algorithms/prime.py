@@ -122,9 +122,12 @@ class PrimeTrainer(rollouts.TokenAdvantageTrainer):
             total = 0.0
             for micro in torch.split(rows, micro_size) if len(rows) else ():
                 logits = self._process_rewards(rollout, micro).sum(dim=1)
-                loss = binary_cross_entropy_with_logits(
-                    logits, rollout.rewards[micro], reduction="sum"
-                ) / share
+                loss = (
+                    binary_cross_entropy_with_logits(
+                        logits, rollout.rewards[micro], reduction="sum"
+                    )
+                    / share
+                )
                 self.accelerator.backward(loss)
                 total += loss.item()
             self.reward_model.step()
