@@ -2,7 +2,8 @@
 
 Tune gets the explicit list of trials and restarts those whose worker died; what is done is known
 from our own ledger, so that a later run of the same command continues after anything. Workers are
-reused from trial to trial, because importing torch and TRL takes longer than a small trial.
+reused from trial to trial, because importing torch and TRL takes longer than a small trial. A
+trial on several workers is one that only starts them (``workers``).
 """
 
 import os
@@ -10,7 +11,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,9 +23,11 @@ from pipelines.ledger import Ledger
 from pipelines.plan import Plan, load_base
 from pipelines.saves import Saves
 from pipelines.storage import Storage
+from pipelines.workers import occupied, run_on_workers
 from rlsparse.config import TrialConfig
 from rlsparse.errors import ConfigError, RlsparseError
-from rlsparse.study import Resources, Trial
+from rlsparse.resources import Resources
+from rlsparse.study import Trial
 
 _REPORT_INTERVAL_S = 0.5
 
@@ -59,11 +62,11 @@ def run_trials(plan: Plan, trials: Sequence[Trial], listener: Listener) -> None:
     specs = [_spec(plan, trial) for trial in trials]
     with tempfile.TemporaryDirectory(prefix="rlsparse-tune-") as folder:
         tune.Tuner(
-            tune.with_resources(
-                _run_spec, {"cpu": resources.num_threads, "gpu": resources.num_gpus}
-            ),
+            tune.with_resources(_run_spec, _reserved(resources)),
             param_space={"spec": tune.grid_search(specs)},
-            tune_config=tune.TuneConfig(reuse_actors=True, metric=None),
+            tune_config=tune.TuneConfig(
+                reuse_actors=True, metric=None, max_concurrent_trials=_most_at_once(resources)
+            ),
             run_config=tune.RunConfig(
                 name=plan.study.name,
                 storage_path=folder,
@@ -77,28 +80,29 @@ def run_trials(plan: Plan, trials: Sequence[Trial], listener: Listener) -> None:
 def run_trial(spec: dict[str, Any], report: Any = lambda metrics: None) -> None:
     """Run one trial in this process and publish its files; the body of a worker.
 
+    Where several workers train it, each runs this, and the first writes.
+
     Args:
         spec: made by ``run_trials``; plain data.
         report: called with small dictionaries while it trains: rows of table ``steps``, and
             ``note`` with a line for people.
     """
+    from rlsparse import distributed
     from rlsparse.train import environment, train_trial
 
     storage, name = Storage(spec["storage"]), spec["trial_id"]
     saves = Saves(storage, name)
     config = TrialConfig.model_validate(spec["config"])
-    ledger = Ledger(storage)
-    host, dead = socket.gethostname(), ledger.get(name)
-    if dead.host == host:  # an attempt that was killed left its files behind
-        shutil.rmtree(_scratch(name, dead.pid), ignore_errors=True)
-    ledger.start(name, host=host, pid=os.getpid(), versions=environment())
-    last = 0.0
+    ledger, is_first = Ledger(storage), distributed.rank() == 0
+    if is_first:
+        host, dead = socket.gethostname(), ledger.get(name)
+        if dead.host == host:  # an attempt that was killed left its files behind
+            shutil.rmtree(_scratch(name, dead.pid), ignore_errors=True)
+        ledger.start(name, host=host, pid=os.getpid(), versions=environment())
+    distributed.wait_for_all()  # else the first would overwrite that another has failed
 
     def on_progress(row: dict[str, Any]) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _REPORT_INTERVAL_S:
-            last = time.monotonic()
-            report({key: value for key, value in row.items() if value is not None})
+        report({key: value for key, value in row.items() if value is not None})
 
     folder = _scratch(name, os.getpid())
     try:
@@ -111,18 +115,21 @@ def run_trial(spec: dict[str, Any], report: Any = lambda metrics: None) -> None:
                 base_dir=base.path,
                 base_fingerprint=base.fingerprint,
                 out_dir=folder,
-                num_threads=spec["num_threads"],
+                num_threads=spec["resources"]["num_threads"],
+                strategy=spec["resources"]["strategy"],
                 on_progress=on_progress,
                 saving=_saving(spec, config, base.fingerprint, saves, folder, report),
             )
         except RlsparseError as error:
             ledger.fail(name, f"{type(error).__name__}: {error}")
             return
-        storage.publish(folder, f"trials/{name}")
-        saves.delete()
+        if is_first:
+            storage.publish(folder, f"trials/{name}")
+            saves.delete()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    ledger.finish(name)
+    if is_first:
+        ledger.finish(name)
 
 
 def _saving(
@@ -140,16 +147,17 @@ def _saving(
     from rlsparse.saves import Saving, check
     from rlsparse.train import identity
 
-    if spec["save_interval_s"] is None:
+    resources = spec["resources"]
+    if resources["save_interval_s"] is None or resources["num_workers"] > 1:
         return None
-    maker = identity(config, spec["trial_id"], base_fingerprint, spec["num_threads"])
+    maker = identity(config, spec["trial_id"], base_fingerprint, resources["num_threads"])
 
     def note(text: str) -> None:
         report({"note": text})
 
     save = folder / "scratch" / "newest"
     newest = saves.newest(save, folder, lambda: check(save, folder, maker), note)
-    return Saving(spec["save_interval_s"], saves.put, newest, note)
+    return Saving(resources["save_interval_s"], saves.put, newest, note)
 
 
 def _check_data(config: TrialConfig, expect: str) -> None:
@@ -181,13 +189,31 @@ def _spec(plan: Plan, trial: Trial) -> dict[str, Any]:
         "storage": plan.storage.url,
         "base_identity": plan.base(trial).identity,
         "data_version": trial.data_version,
-        "num_threads": plan.study.resources.num_threads,
-        "save_interval_s": plan.study.resources.save_interval_s,
+        "resources": plan.study.resources.model_dump(mode="json"),
     }
 
 
 def _run_spec(config: dict[str, Any]) -> None:
-    run_trial(config["spec"], tune.report)
+    spec = config["spec"]
+    if spec["resources"]["num_workers"] > 1:
+        run_on_workers(run_trial, spec, _REPORT_INTERVAL_S)
+    else:
+        run_trial(spec, _rarely(tune.report))
+
+
+def _rarely(report: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    """``report``, but for steps that follow one too soon: each call costs Tune time."""
+    last = 0.0
+
+    def report_rarely(metrics: dict[str, Any]) -> None:
+        nonlocal last
+        if "note" in metrics:
+            report(metrics)
+        elif time.monotonic() - last >= _REPORT_INTERVAL_S:
+            last = time.monotonic()
+            report(metrics)
+
+    return report_rarely
 
 
 class _Relay(TrialProgressCallback):  # type: ignore[misc]
@@ -235,10 +261,23 @@ def _reason(trial: Any) -> str:
     return text.splitlines()[-1].strip() if text else "the worker died"
 
 
+def _reserved(resources: Resources) -> dict[str, float]:
+    """What Tune reserves for a trial: as good as nothing for one that only starts its workers.
+
+    A share of a CPU would be missing where the workers need all of them, and Tune refuses nothing.
+    """
+    if resources.num_workers > 1:
+        return {"cpu": 0, "memory": 1}
+    return {name.lower(): count for name, count in occupied(resources).items()}
+
+
+def _most_at_once(resources: Resources) -> int | None:
+    """Trials that Tune may start; how many fit that start no workers, it knows itself."""
+    return num_slots(resources) if resources.num_workers > 1 else None
+
+
 def num_slots(resources: Resources) -> int:
     """Trials that the Ray session can run at the same time."""
     total = ray.cluster_resources()
-    slots = int(total.get("CPU", 1) // resources.num_threads)
-    if resources.num_gpus:
-        slots = min(slots, int(total.get("GPU", 0) // resources.num_gpus))
-    return max(1, slots)
+    slots = [total.get(name, 0) // count for name, count in occupied(resources).items()]
+    return max(1, int(min(slots)) // resources.num_workers)

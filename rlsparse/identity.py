@@ -20,6 +20,7 @@ def trial_id(
     replicate: int,
     num_threads: int,
     num_workers: int,
+    strategy: str = "ddp",
     base_fingerprint: str,
     data_version: str,
 ) -> str:
@@ -31,6 +32,7 @@ def trial_id(
         replicate: 0, or k for the k-th rerun of the same trial under the same seed.
         num_threads: CPU threads of the trial, fixed for a study.
         num_workers: processes that train the trial together.
+        strategy: how several do; without effect where there is one.
         base_fingerprint: content hash of the base model.
         data_version: version of what it learns from: the task's problems and grader, its reward,
             its data.
@@ -52,4 +54,6 @@ def trial_id(
         "base": base_fingerprint,
         "data_version": data_version,
     }
+    if num_workers > 1:  # others keep the names that they had before there were strategies
+        identity["strategy"] = strategy
     return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:12]

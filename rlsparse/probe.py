@@ -1,11 +1,13 @@
 """Measures a trial while it trains: snapshots as patches, scores, and what ever changed.
 
 The probe only reads. A trial gives the same weights, bit for bit, whatever it measures. It holds no
-copy of the base: a snapshot reads the base again from its checkpoint, tensor by tensor.
+copy of the base: a snapshot reads the base again from its checkpoint, tensor by tensor. Where the
+workers of a trial hold parts of the weights, each has a probe, and the first one's writes.
 """
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from rlsparse import masks, tables
+from rlsparse import distributed, masks, tables
 from rlsparse.checkpoint import Checkpoint
 from rlsparse.config import OnlineConfig, TrialConfig
 from rlsparse.deltas import tensor_mask_rows
@@ -21,6 +23,7 @@ from rlsparse.errors import CheckpointError, TrialError
 from rlsparse.kernels import cast_bits, popcount
 from rlsparse.models.loading import TORCH_DTYPES
 from rlsparse.patch import PATCH_FILE, TensorPair, write_patch
+from rlsparse.sharded import ShardedTrajectory, is_sharded
 from rlsparse.tables import EVER_CHANGED, snapshot_folder, step_mask_file
 from rlsparse.tasks.generate import Score
 from rlsparse.tensor_file import Bits
@@ -90,23 +93,34 @@ class Probe(TrainerCallback):  # type: ignore[misc]
         self._distance = distance
         self._on_progress = on_progress
         dtype = TORCH_DTYPES[config.stored_dtype]
-        self._trajectory = Trajectory(model, dtype, config.probe.k_steps)
+        self._trajectory = (
+            ShardedTrajectory(model, dtype, config.probe.k_steps, self._base)
+            if is_sharded(model)
+            else Trajectory(model, dtype, config.probe.k_steps)
+        )
         self._check_base()
 
     def _check_base(self) -> None:
-        for name, shape, bits in self._trajectory.stored():
-            info = self.base.tensors.get(name)
-            if info is None or info.shape != shape or not np.array_equal(self._base(name), bits):
-                raise CheckpointError(
-                    f"the model that transformers loads from {self.base.path} has other weights "
-                    f"{name} than the files there, so that no patch would fit them; load it and "
-                    "`save_pretrained` it to another folder, and give that one as model.source"
-                )
+        shapes = {name: tuple(weight.shape) for name, weight in self.model.named_parameters()}
+        found = {name: info.shape for name, info in self.base.tensors.items()}
+        others = (name for name, shape in shapes.items() if found.get(name) != shape)
+        name = next(others, None) or next(self._unlike_base(), None)
+        if name is not None:
+            raise CheckpointError(
+                f"the model that transformers loads from {self.base.path} has other weights "
+                f"{name} than the files there, so that no patch would fit them; load it and "
+                "`save_pretrained` it to another folder, and give that one as model.source"
+            )
 
-    def _base(self, name: str) -> Bits:
-        """Bits of a weight of the base, rounded to the stored format as loading rounds it."""
+    def _unlike_base(self) -> Iterator[str]:
+        for name, _, bits in self._trajectory.stored():
+            if not np.array_equal(self._base(name), bits):
+                yield name
+
+    def _base(self, name: str, start: int = 0, stop: int | None = None) -> Bits:
+        """Bits of elements of the base, rounded to the stored format as loading rounds them."""
         info = self.base.tensors[name]
-        return cast_bits(info.read(), info.dtype, self.config.stored_dtype)
+        return cast_bits(info.read(start, stop), info.dtype, self.config.stored_dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """What is remembered between steps, apart from the files and the weights as they are."""
@@ -133,8 +147,7 @@ class Probe(TrainerCallback):  # type: ignore[misc]
             TrialError: a weight is not finite.
         """
         step = state.global_step
-        extremes = [x for w in self.model.parameters() for x in torch.aminmax(w.detach())]
-        if not torch.isfinite(torch.stack(extremes)).all():
+        if not self._trajectory.is_finite():
             raise TrialError(f"weights are not finite after step {step}; {_TOO_FAST}")
         if self.config.probe.step_masks:
             self._write_step_mask(step)
@@ -181,12 +194,15 @@ class Probe(TrainerCallback):  # type: ignore[misc]
         }
 
     def _write_snapshot(self, step: int) -> None:
-        folder = self.out_dir / snapshot_folder(step)
-        folder.mkdir(parents=True)
         pairs = (
             TensorPair(name, self.config.stored_dtype, shape, self._base(name), bits)
             for name, shape, bits in self._trajectory.stored()
         )
+        if distributed.rank() > 0:  # gives its part
+            deque(pairs, maxlen=0)
+            return
+        folder = self.out_dir / snapshot_folder(step)
+        folder.mkdir(parents=True)
         file = folder / PATCH_FILE
         patch = write_patch(file, pairs, base_fingerprint=self.base_fingerprint)
         self._num_final = patch.num_changed
@@ -203,6 +219,8 @@ class Probe(TrainerCallback):  # type: ignore[misc]
             )
 
         self.changes[step] = self._trajectory.advance(step, add)
+        if distributed.rank() > 0:
+            return
         file = self.out_dir / step_mask_file(step)
         file.parent.mkdir(exist_ok=True)
         tables.write(tables.from_rows(rows, "masks"), "masks", file)
@@ -218,15 +236,17 @@ class Probe(TrainerCallback):  # type: ignore[misc]
             ``num_final`` did then (2505.11711, section 6, which looks at 21 checkpoints; here the
             interval is one step).
         """
-        masks.write_masks(
-            self.out_dir / EVER_CHANGED,
-            {
-                name: (self.base.tensors[name].shape, mask)
-                for name, mask in self._trajectory.ever_changed()
-            },
-            base_fingerprint=self.base_fingerprint,
-            metadata={"kind": "ever_changed", "interval_steps": "1"},
-        )
+        ever_changed = {
+            name: (self.base.tensors[name].shape, mask)
+            for name, mask in self._trajectory.ever_changed()
+        }
+        if distributed.rank() == 0:
+            masks.write_masks(
+                self.out_dir / EVER_CHANGED,
+                ever_changed,
+                base_fingerprint=self.base_fingerprint,
+                metadata={"kind": "ever_changed", "interval_steps": "1"},
+            )
         if self.config.probe.step_masks:
             self._note_outside()
         num_ever = self.changes[self.config.train.num_steps].num_ever_changed
@@ -241,6 +261,8 @@ class Probe(TrainerCallback):  # type: ignore[misc]
             name: masks.pack(self._base(name) != bits)
             for name, _, bits in self._trajectory.stored()
         }
+        if distributed.rank() > 0:
+            return
         for step, row in self.rows.items():
             if not step or not (num_changed := self.changes[step].num_changed[1]):
                 continue

@@ -27,6 +27,7 @@ from rlsparse.levels import (
     put,
     touches,
 )
+from rlsparse.resources import Resources
 from rlsparse.variants import Config, Location, explain, models_of, place_of, tag_of
 
 Control = Literal["lr_zero", "same_seed", "lr_times_3", "shuffled_reward", "random_reward"]
@@ -47,20 +48,6 @@ class StudyError(ConfigError):
         """This error with its place."""
         self.location = location
         return self
-
-
-class Resources(Config):
-    """What one trial occupies; part of the trial's identity where it can change bits.
-
-    ``save_interval_s``: a trial that trains for longer is saved so often, and goes on from there
-    after a kill; 0 saves after every step, null never.
-    """
-
-    num_threads: int = Field(1, ge=1)
-    num_gpus: float = Field(0.0, ge=0)
-    num_workers: Literal[1] = 1
-    max_failures: int = Field(2, ge=0)
-    save_interval_s: float | None = Field(600.0, ge=0)
 
 
 class StudyBase(Config):
@@ -228,7 +215,8 @@ def expand(
         data_version: version of a trial's task, reward and data.
 
     Raises:
-        StudyError: a cell is no valid trial, or no algorithm has the reward that a control changes.
+        StudyError: a cell is no valid trial or does not split over the workers, or no algorithm has
+            the reward that a control changes.
     """
     cells = _cells(study)
     baseline = study.baseline.model_dump(mode="json", exclude={"seed"})
@@ -238,6 +226,8 @@ def expand(
     def add(cell: _Cell, seed: int, control: Control | None = None) -> None:
         config, labels = cell
         resolved = TrialConfig.model_validate({**config, "seed": seed})
+        if reason := study.resources.conflict(resolved):
+            raise StudyError(f"resources: {reason}").at("resources")
         replicate = int(control == "same_seed")
         version = data_version(resolved)
         name = trial_id(
@@ -245,6 +235,7 @@ def expand(
             replicate=replicate,
             num_threads=study.resources.num_threads,
             num_workers=study.resources.num_workers,
+            strategy=study.resources.strategy,
             base_fingerprint=fingerprint(resolved.model),
             data_version=version,
         )

@@ -9,6 +9,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +17,9 @@ from typing import Any, Literal
 import datasets
 import torch
 import transformers
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 
-from rlsparse import tables
+from rlsparse import distributed, tables
 from rlsparse.algorithms import ALGORITHMS, TrialContext
 from rlsparse.checkpoint import Checkpoint
 from rlsparse.config import NUM_DISTANCE_PROBLEMS, TrialConfig
@@ -26,7 +27,9 @@ from rlsparse.errors import TrialError
 from rlsparse.models.loading import TORCH_DTYPES, load_model, load_tokenizer
 from rlsparse.optim import select_trainable
 from rlsparse.probe import Probe
+from rlsparse.resources import Strategy
 from rlsparse.saves import Saver, Saving, spent
+from rlsparse.sharded import is_sharded, spaced
 from rlsparse.tables import SUMMARY
 from rlsparse.tasks import Problem, Task, load_reward, load_task, render_prompts
 from rlsparse.tasks.generate import Score, evaluate, kl_divergence
@@ -42,12 +45,16 @@ def train_trial(
     base_fingerprint: str,
     out_dir: Path,
     num_threads: int = 1,
+    strategy: Strategy = "ddp",
     on_progress: Callable[[dict[str, Any]], None] = lambda row: None,
     saving: Saving | None = None,
 ) -> dict[str, Any]:
     """Run one trial and leave its files in ``out_dir``.
 
     The folder must not hold a trial yet, or, to go on from a save, just the files that it names.
+
+    Where a process group of several workers is there, each of them calls this with a folder of its
+    own; they train together, and the first leaves the files.
 
     Files: ``config.json``, ``steps.parquet``, ``eval.parquet``, ``summary.json`` (written last),
     ``ever_changed.mask.safetensors``, ``snapshots/step-000010/weights.patch.safetensors`` per
@@ -61,13 +68,14 @@ def train_trial(
         base_fingerprint: content hash of the base model.
         out_dir: folder for the files of the trial; made if missing.
         num_threads: CPU threads; part of what determines the bits.
+        strategy: how several workers train together.
         on_progress: called after each step with its row of table ``steps``.
         saving: how the trial is saved meanwhile, and the save that it goes on from; from a save
             it ends with the same bits as if nothing had happened.
 
     Returns:
-        The summary, as written; of a trial that went on from a save, its times include what the
-        trial had taken before it.
+        The summary, as written, empty on workers that write none; of a trial that went on from a
+        save, its times include what the trial had taken before it.
 
     Raises:
         TrialError: training cannot go on (no preference pairs, loss or weights not finite).
@@ -82,9 +90,14 @@ def train_trial(
         return {"wall_s": before["wall_s"] + wall_s, "cpu_s": before["cpu_s"] + cpu_s}
 
     out_dir.mkdir(parents=True, exist_ok=True)
-    _write_json(out_dir / "config.json", config.model_dump(mode="json"))
+    if distributed.rank() == 0:
+        _write_json(out_dir / "config.json", config.model_dump(mode="json"))
     _make_deterministic(config.sampling_seed, num_threads)
-    context = _load(config, base_dir, out_dir / "scratch")
+    num_shards = distributed.num_workers() if strategy == "fsdp" else 1
+    context = _load(config, base_dir, out_dir / "scratch", num_shards)
+    if distributed.rank() > 0 and num_shards == 1:
+        _train(context, _Follower(on_progress))
+        return {}
     score_base = _score_stored(context, base_dir)
     median = _median_magnitude(context.model)
     probe = Probe(
@@ -98,19 +111,15 @@ def train_trial(
         distance=lambda: _distance(context, base_dir),
         on_progress=on_progress,
     )
-    trainer = ALGORITHMS[config.algorithm.name](context)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(probe)
-    if saving is not None:
+    if saving is None:
+        _train(context, probe)
+    else:
         maker = identity(config, trial_id, base_fingerprint, num_threads)
-        trainer.add_callback(
-            Saver(trainer, probe, context.reward, saving=saving, identity=maker, clock=clock)
-        )
-    transformers.set_seed(config.sampling_seed)  # building the trainer seeded with the data's seed
-    resume_from = saving and saving.resume_from and str(saving.resume_from)
-    trainer.train(resume_from_checkpoint=resume_from)
-    shutil.rmtree(context.scratch_dir, ignore_errors=True)
+        given = {"probe": probe, "reward": context.reward, "identity": maker, "clock": clock}
+        _train(context, probe, partial(Saver, saving=saving, **given), saving.resume_from)
     split = probe.finish()
+    if distributed.rank() > 0:
+        return {}
     if config.keep_checkpoints:
         _save_checkpoint(context, out_dir / "checkpoint")
     _write_tables(probe, trial_id, out_dir)
@@ -134,11 +143,41 @@ def train_trial(
     return summary
 
 
-def _load(config: TrialConfig, base_dir: Path, scratch_dir: Path) -> TrialContext:
+def _train(
+    context: TrialContext,
+    callback: TrainerCallback,
+    saver: Callable[[Any], TrainerCallback] | None = None,
+    resume_from: Path | None = None,
+) -> None:
+    trainer = ALGORITHMS[context.config.algorithm.name](context)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(callback)
+    if saver is not None:
+        trainer.add_callback(saver(trainer))
+    # Building the trainer seeded with the data's seed.
+    transformers.set_seed(distributed.worker_seed(context.config.sampling_seed))
+    trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
+    shutil.rmtree(context.scratch_dir, ignore_errors=True)
+
+
+class _Follower(TrainerCallback):  # type: ignore[misc]
+    """Says that a worker that measures nothing made a step, as the one that measures does."""
+
+    def __init__(self, on_progress: Callable[[dict[str, Any]], None]) -> None:
+        self._on_progress = on_progress
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" in logs:
+            self._on_progress({"step": state.global_step})
+
+
+def _load(
+    config: TrialConfig, base_dir: Path, scratch_dir: Path, num_shards: int = 1
+) -> TrialContext:
     """Model, tokenizer and data of a trial, on the device that it trains on."""
     task = load_task(config.task)
     tokenizer = load_tokenizer(base_dir)
-    model = load_model(base_dir, config.train.precision)
+    model = load_model(base_dir, config.train.precision, num_shards=num_shards)
     select_trainable(model, config.train)
     if torch.cuda.is_available():
         model = model.to("cuda")
@@ -150,9 +189,12 @@ def _load(config: TrialConfig, base_dir: Path, scratch_dir: Path) -> TrialContex
         task=task,
         problems=_problems(config, task, tokenizer, "train"),
         reward=load_reward(
-            getattr(config.algorithm, "reward", "task"), task, seed=config.sampling_seed
+            getattr(config.algorithm, "reward", "task"),
+            task,
+            seed=distributed.worker_seed(config.sampling_seed),
         ),
         scratch_dir=scratch_dir,
+        num_shards=num_shards,
     )
 
 
@@ -194,7 +236,7 @@ def _distance(context: TrialContext, base_dir: Path) -> float:
     """
     config, model = context.config, context.model
     precision, was_training = config.train.precision, model.training
-    base = load_model(base_dir, precision).to(model.device).eval()
+    base = load_model(base_dir, precision, num_shards=context.num_shards).to(model.device).eval()
     problems = _problems(config, context.task, context.tokenizer, "test")
     # The trainer has wrapped the trained model in autocast, but not the base.
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
@@ -221,7 +263,8 @@ def _score_stored(context: TrialContext, base_dir: Path) -> Score | None:
     """Score of the base as it is stored, where the trainer's autocast may score it otherwise."""
     if context.config.train.precision != "bf16-mixed":
         return None
-    return _score(context, load_model(base_dir, "bf16").to(context.model.device))
+    stored = load_model(base_dir, "bf16", num_shards=context.num_shards)
+    return _score(context, stored.to(context.model.device))
 
 
 def _write_tables(probe: Probe, trial_id: str, out_dir: Path) -> None:
@@ -288,6 +331,8 @@ def _median_magnitude(model: torch.nn.Module) -> float:
     """Median |w| over at most 2^22 evenly spaced weights."""
     total = sum(weight.numel() for weight in model.parameters())
     stride = max(1, total // _MEDIAN_SAMPLE)
+    if is_sharded(model):
+        return float(spaced(model, stride).median())
     parts = [w.detach().reshape(-1)[::stride].abs().float().cpu() for w in model.parameters()]
     return float(torch.cat(parts).median())
 

@@ -62,7 +62,7 @@ class Trajectory:
         self._model = model
         self._dtype = dtype
         self._copies = {
-            k: {name: _bits(weight, dtype).clone() for name, weight in self._weights()}
+            k: {name: bits_of(weight, dtype).clone() for name, weight in self._weights()}
             for k in (1, *windows)
         }
         self._ever = {
@@ -79,8 +79,13 @@ class Trajectory:
     def stored(self) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
         """Name, shape and flat unsigned bits of each weight as it is now, one at a time."""
         for name, weight in self._model.named_parameters():
-            bits = _bits(weight.detach().reshape(-1), self._dtype)
-            yield name, tuple(weight.shape), _unsigned(bits.cpu())
+            bits = bits_of(weight.detach().reshape(-1), self._dtype)
+            yield name, tuple(weight.shape), unsigned(bits.cpu())
+
+    def is_finite(self) -> bool:
+        """Whether no weight is infinite or NaN."""
+        extremes = [x for _, w in self._weights() if w.numel() for x in torch.aminmax(w)]
+        return not extremes or bool(torch.isfinite(torch.stack(extremes)).all())
 
     def advance(self, step: int, on_mask: OnMask | None = None) -> StepChanges:
         """Take the weights after a step; to be called after every one, in order from 1.
@@ -96,7 +101,7 @@ class Trajectory:
             words = {k: torch.empty_like(self._ever[name]) for k in ending}
             size = _CPU_PIECE if weight.device.type == "cpu" else _GPU_PIECE
             for start in range(0, weight.numel(), size):
-                bits = _bits(weight[start : start + size], self._dtype)
+                bits = bits_of(weight[start : start + size], self._dtype)
                 for k in ending:
                     before = self._copies[k][name][start : start + size]
                     part = words[k][start // 64 : -(-(start + bits.numel()) // 64)]
@@ -116,7 +121,7 @@ class Trajectory:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what ``state_dict`` gave, the model being at the weights of then."""
         for name, weight in self._weights():
-            self._copies[1][name].copy_(_bits(weight, self._dtype))
+            self._copies[1][name].copy_(bits_of(weight, self._dtype))
             self._ever[name].copy_(state["ever"][name])
             for k, copies in state["windows"].items():
                 self._copies[k][name].copy_(copies[name])
@@ -141,7 +146,7 @@ def compare_bits(
         The count; on a GPU as a tensor, so that nothing waits for it.
     """
     if before.device.type == "cpu":
-        return compare(_unsigned(before), _unsigned(after), words.numpy().view(np.uint64))
+        return compare(unsigned(before), unsigned(after), words.numpy().view(np.uint64))
     return compare_on_device(before, after, words)
 
 
@@ -171,12 +176,13 @@ def count_bits_on_device(words: torch.Tensor) -> torch.Tensor:
     return fields.view(torch.uint8).sum(dtype=torch.int64)
 
 
-def _bits(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def bits_of(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Integer view of a weight in the stored format: of itself where that is how it is trained."""
     return weight.to(dtype).view(_INTEGERS[dtype])
 
 
-def _unsigned(bits: torch.Tensor) -> np.ndarray:
+def unsigned(bits: torch.Tensor) -> np.ndarray:
+    """Bits of integers on the host, as unsigned integers of the same width."""
     return bits.numpy().view(_UNSIGNED[bits.dtype])
 
 

@@ -50,14 +50,17 @@ def algorithm_arguments(config: AlgorithmConfig) -> dict[str, Any]:
     return arguments
 
 
-def training_arguments(train: TrainConfig, *, data_seed: int) -> dict[str, Any]:
+def training_arguments(
+    train: TrainConfig, *, data_seed: int, num_workers: int = 1
+) -> dict[str, Any]:
     """Arguments of transformers' ``TrainingArguments`` that the fields of ``train`` set.
 
-    ``max_grad_norm: null`` becomes 0, with which transformers does not clip.
+    ``max_grad_norm: null`` becomes 0, with which transformers does not clip. ``batch_size`` is that
+    of all workers together, transformers' is that of one.
     """
     return {
         "max_steps": train.num_steps,
-        "per_device_train_batch_size": train.batch_size // train.gradient_accumulation_steps,
+        "per_device_train_batch_size": train.micro_batch_size // num_workers,
         "gradient_accumulation_steps": train.gradient_accumulation_steps,
         "learning_rate": train.learning_rate,
         "lr_scheduler_type": _SCHEDULE[train.lr_schedule],

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from rlsparse import distributed
 from rlsparse.algorithms.arguments import algorithm_arguments, training_arguments
 from rlsparse.config import OnlineConfig, TrialConfig
 from rlsparse.errors import TrialError
+from rlsparse.models.loading import load_model
 from rlsparse.optim import build_optimizer
+from rlsparse.sharded import split
 from rlsparse.tasks import Problem, Reward, Task
 
 
@@ -28,6 +31,8 @@ class TrialContext:
     reward: Reward
     """What training rewards completions with; evaluation always uses the task's grader."""
     scratch_dir: Path
+    num_shards: int = 1
+    """Workers of which each holds a part of the model."""
 
     def trainer_arguments(self) -> dict[str, Any]:
         """Arguments that all of TRL's configurations share and those of the algorithm's fields.
@@ -36,7 +41,11 @@ class TrialContext:
         where nothing is said, recomputed activations, another optimizer, logging every ten steps.
         """
         return {
-            **training_arguments(self.config.train, data_seed=self.config.data_seed),
+            **training_arguments(
+                self.config.train,
+                data_seed=self.config.data_seed,
+                num_workers=distributed.num_workers(),
+            ),
             **algorithm_arguments(self.config.algorithm),
             "output_dir": str(self.scratch_dir),
             "fp16": False,
@@ -78,12 +87,12 @@ class TrialContext:
         }
 
     def dataset(self, rows: list[dict[str, Any]]) -> Dataset:
-        """Rows as a data set; every optimizer step takes a whole batch of them.
+        """Rows as a data set, those of the first worker; every step takes a whole batch of them.
 
         Raises:
             TrialError: there are fewer than one batch.
         """
-        wanted = self.config.train.batch_size
+        rows, wanted = distributed.from_first(rows), self.config.train.batch_size
         if len(rows) < wanted:
             raise TrialError(
                 f"{self.config.algorithm.name} has {len(rows)} examples, fewer than "
@@ -108,7 +117,15 @@ class TrialContext:
 
     def optimizers(self) -> tuple[torch.optim.Optimizer, None]:
         """Our optimizer; the trainer adds the learning-rate schedule."""
+        split(self.model)
         return build_optimizer(self.model, self.config.train), None
+
+    def reference(self) -> Any | None:
+        """The base once more, in parts; None where the trainer may load it itself, whole."""
+        if self.num_shards == 1:
+            return None
+        path = Path(self.model.config._name_or_path)
+        return load_model(path, self.config.train.precision, num_shards=self.num_shards)
 
     def set_reference(self, trainer: Any) -> None:
         """Make the reference policy of ``trainer``, if it has one, the base as it is trained.

@@ -36,6 +36,7 @@ def build(context: TrialContext) -> DPOTrainer:
     )
     trainer = DPOTrainer(
         context.model,
+        ref_model=context.reference(),
         args=arguments,
         train_dataset=context.dataset(preference_pairs(context)),
         processing_class=context.tokenizer,

@@ -40,6 +40,7 @@ def build(context: TrialContext) -> KTOTrainer:
     random.Random(context.config.data_seed).shuffle(rows)
     trainer = KTOTrainer(
         context.model,
+        ref_model=context.reference(),
         args=arguments,
         train_dataset=context.dataset(rows),
         processing_class=context.tokenizer,

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from rlsparse import distributed
 from rlsparse.algorithms import rollouts
 from rlsparse.algorithms.context import TrialContext
 from rlsparse.config import PpoConfig
@@ -48,9 +49,13 @@ def generalized_advantages(
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Shift and scale to mean 0 and (biased) variance 1 over the mask; 0 on padding."""
-    centred = (values - (values * mask).sum() / mask.sum()) * mask
-    return centred * torch.rsqrt(centred.square().sum() / mask.sum() + 1e-8)
+    """Shift and scale to mean 0 and (biased) variance 1 over the mask; 0 on padding.
+
+    Mean and variance are those of the rollouts of all workers.
+    """
+    num_tokens = distributed.total(mask.sum())
+    centred = (values - distributed.total((values * mask).sum()) / num_tokens) * mask
+    return centred * torch.rsqrt(distributed.total(centred.square().sum()) / num_tokens + 1e-8)
 
 
 def value_losses(

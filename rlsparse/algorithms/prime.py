@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from rlsparse import distributed
 from rlsparse.algorithms import rollouts
 from rlsparse.algorithms.context import TrialContext
 from rlsparse.config import PrimeConfig
@@ -110,18 +111,23 @@ class PrimeTrainer(rollouts.TokenAdvantageTrainer):
     def _update_reward_model(
         self, rollout: rollouts.Rollout, every: torch.Tensor, kept: torch.Tensor
     ) -> None:
-        """One step on each part of the rollout in which a prompt was kept."""
+        """One step on each part of the rollout in which a prompt was kept, by any worker."""
         micro_size = self.args.per_device_train_batch_size
         for part in torch.split(every, micro_size * self.args.gradient_accumulation_steps):
             rows = part[kept[part]]
-            if not len(rows):
+            (count,) = distributed.total_counts([len(rows)])
+            if not count:
                 continue
+            share = count / distributed.num_workers()
             total = 0.0
-            for micro in torch.split(rows, micro_size):
+            for micro in torch.split(rows, micro_size) if len(rows) else ():
                 logits = self._process_rewards(rollout, micro).sum(dim=1)
-                loss = binary_cross_entropy_with_logits(
-                    logits, rollout.rewards[micro], reduction="sum"
-                ) / len(rows)
+                loss = (
+                    binary_cross_entropy_with_logits(
+                        logits, rollout.rewards[micro], reduction="sum"
+                    )
+                    / share
+                )
                 self.accelerator.backward(loss)
                 total += loss.item()
             self.reward_model.step()

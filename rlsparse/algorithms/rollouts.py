@@ -16,6 +16,7 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from rlsparse import distributed
 from rlsparse.algorithms.context import TrialContext
 from rlsparse.algorithms.grpo import GRPO_ARGUMENTS
 from rlsparse.config import OnlineConfig, TrialConfig
@@ -46,6 +47,8 @@ class Rollout:
 class Companion:
     """A model that is trained beside the policy, with an optimizer and a clipping of its own.
 
+    Every worker holds it whole; a step averages their gradients, as that of the policy does.
+
     The optimizer is the trial's, but for the learning rate, which is the algorithm's ``rate_field``
     and stays constant; all weights are trained.
     """
@@ -59,11 +62,12 @@ class Companion:
         self._rate = f"algorithm.{rate_field} {rate:g}"
 
     def step(self) -> None:
-        """Clip, update and forget the gradients.
+        """Average over workers, clip, update and forget the gradients.
 
         Raises:
             TrialError: a gradient is not finite.
         """
+        distributed.average_gradients(self.model.parameters())
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._max_grad_norm)
         if not torch.isfinite(norm):
             raise TrialError(
@@ -179,8 +183,9 @@ class TokenAdvantageTrainer(GRPOTrainer, ABC):  # type: ignore[misc]
 
     def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         if "kl" in inputs:
-            num_tokens = inputs["completion_mask"].sum()
-            self._metrics["train"]["kl"].append((inputs["kl"].sum() / num_tokens).item())
+            sums = torch.stack([inputs["kl"].sum(), inputs["completion_mask"].sum().float()])
+            kl, num_tokens = distributed.total(sums)
+            self._metrics["train"]["kl"].append((kl / num_tokens).item())
         loss: torch.Tensor = super()._compute_loss(model, inputs)
         return loss
 

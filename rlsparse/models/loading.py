@@ -1,5 +1,6 @@
 """Tokenizer and weights of a base model, in the number format that a trial trains in."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(path: Path, precision: Precision) -> Any:
+def load_model(path: Path, precision: Precision, *, num_shards: int = 1) -> Any:
     """The base in the number format that a precision regime trains in.
 
     The weights are rounded to the regime's stored format first, so that training with fp32
@@ -58,15 +59,37 @@ def load_model(path: Path, precision: Precision) -> Any:
     generation only the special tokens are kept: a temperature or a repetition penalty of the base
     would shape samples and scores in silence.
 
+    Args:
+        path: folder of the base.
+        precision: how it is trained.
+        num_shards: workers, all of them, of which each reads and holds its part of every weight
+            tensor (FSDP2, along the first dimension); 1 loads them whole.
+
     Returns:
         A transformers causal LM whose ``config._name_or_path`` is ``path`` (TRL reloads its
         reference policy from there).
+
+    Raises:
+        CheckpointError: the installed transformers loads no model in parts.
     """
+    parts = {"distributed_config": _split_over(num_shards)} if num_shards > 1 else {}
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=TORCH_DTYPES[STORED_DTYPE[precision]], trust_remote_code=False
+        path, dtype=TORCH_DTYPES[STORED_DTYPE[precision]], trust_remote_code=False, **parts
     )
     own = model.generation_config
     model.generation_config = GenerationConfig(
         eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id, bos_token_id=own.bos_token_id
     )
     return model.float() if precision == "bf16-mixed" else model
+
+
+def _split_over(num_shards: int) -> Any:
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return DistributedConfig(fsdp_size=num_shards)
+    except (ImportError, TypeError) as error:
+        raise CheckpointError(
+            f"transformers {version('transformers')} cannot load a model in parts ({error}); "
+            "install the tested version (constraints.txt), or leave resources.strategy out"
+        ) from error

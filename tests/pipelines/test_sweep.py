@@ -46,7 +46,7 @@ def spec(plan: Plan, number: int, **changes: Any) -> dict[str, Any]:
         "storage": plan.storage.url,
         "base_identity": plan.base(trial).identity,
         "data_version": trial.data_version,
-        "num_threads": 1,
+        "resources": plan.study.resources.model_dump(mode="json"),
     } | changes
 
 
