@@ -115,7 +115,12 @@ def train_trial(
         _train(context, probe)
     else:
         maker = identity(config, trial_id, base_fingerprint, num_threads)
-        given = {"probe": probe, "reward": context.reward, "identity": maker, "clock": clock}
+        given: dict[str, Any] = {
+            "probe": probe,
+            "reward": context.reward,
+            "identity": maker,
+            "clock": clock,
+        }
         _train(context, probe, partial(Saver, saving=saving, **given), saving.resume_from)
     split = probe.finish()
     if distributed.rank() > 0:
