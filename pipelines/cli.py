@@ -190,7 +190,7 @@ def status(
     for row in rows:
         if row["status"] != "finished":
             saved = f"saved at step {row['saved_step']}" if row["saved_step"] else ""
-            more = " ".join(filter(None, [row["error"], saved]))
+            more = ", ".join(filter(None, [row["error"], saved]))
             print(f"  {row['status']:11} {row['trial_id']} {row['label']} {more}".rstrip())
 
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import WEIGHTS_NAME
@@ -154,7 +153,7 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         try:
             self._write(folder)
             self._saving.put(folder, self._probe.out_dir)
-        except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError is torch.save's
+        except (OSError, RuntimeError) as error:  # the second is torch.save's
             reason = str(error).partition("\n")[0]
             self._saving.warn(
                 f"step {state.global_step} could not be saved ({reason}); training goes on, but "

@@ -151,7 +151,7 @@ def test_a_model_that_is_not_what_its_files_hold_is_refused(tiny_trial, tmp_path
 
 
 def test_scores_and_rows(bench):
-    bench.probe.on_train_begin(None, None, None)
+    bench.probe.on_train_begin(None, SimpleNamespace(global_step=0), None)
     assert bench.probe.rows == {0: {"step": 0, "score": 0.1, "kl_base": 0.0}}
     for number in (1, 2, 3, 4):
         bench.step(number, loss=0.5, grad_norm=number / 2, learning_rate=1e-4, other=3.0)

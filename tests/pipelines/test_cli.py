@@ -159,11 +159,13 @@ def test_status_of_a_study_file_and_of_its_folder(
 ) -> None:
     failed = study_copy.plan.trials[0]
     study_copy.plan.ledger.fail(failed.trial_id, "it broke")
+    study_copy.plan.storage.write_json(f"saves/{failed.trial_id}/step-000001/save.json", {})
+    study_copy.plan.storage.write_bytes(f"saves/{failed.trial_id}/step-000002/optimizer.pt", b"")
     assert rlsparse_(monkeypatch, "status", study_copy.folder) == 0
     text = capsys.readouterr().out
     assert text.splitlines() == [
         "study: 11/12 done, 0 running, 1 failed, 0 left",
-        f"  failed      {failed.trial_id} {failed.label} it broke",
+        f"  failed      {failed.trial_id} {failed.label} it broke, saved at step 1",
     ]
     assert (
         rlsparse_(monkeypatch, "status", study_copy.yaml, "--storage", study_copy.storage, "--json")
@@ -174,6 +176,7 @@ def test_status_of_a_study_file_and_of_its_folder(
         "finished": 11, "running": 0, "interrupted": 0, "failed": 1, "planned": 0,
     }  # fmt: skip
     assert [row["error"] for row in status["trials"]] == ["it broke"] + [None] * 11
+    assert [row["saved_step"] for row in status["trials"]] == [1] + [None] * 11
 
 
 def test_diff_prints_json_that_equals_the_tables(

@@ -49,6 +49,12 @@ def test_plain_lines_where_there_is_no_terminal(ledger: Ledger) -> None:
     assert progress.running == {}
 
 
+def test_what_a_worker_tells_names_its_trial(ledger: Ledger) -> None:
+    out = io.StringIO()
+    show(ledger, Console(file=out, width=40)).noted("a" * 12, "goes on from step 7")
+    assert out.getvalue().splitlines()[-1] == "sft s0 (aaaaaaaaaaaa): goes on from step 7"
+
+
 def test_a_live_view_on_a_terminal(ledger: Ledger) -> None:
     out = io.StringIO()
     show(ledger, Console(file=out, force_terminal=True, width=120))

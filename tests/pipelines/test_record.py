@@ -103,6 +103,11 @@ def test_claims_under_other_settings_are_post_hoc(storage: Storage, other: dict[
     assert set(standing(storage, study(question="Why?")).values()) == {"registered"}
 
 
+def test_how_often_trials_are_saved_is_no_setting_of_claims(storage: Storage) -> None:
+    other = study(resources={"save_interval_s": 1.0})
+    assert set(standing(storage, other).values()) == {"registered"}
+
+
 def test_what_an_earlier_release_froze_is_read_with_its_defaults(storage: Storage) -> None:
     content = storage.read_json("study.json")
     frozen = content["registered"]

@@ -47,6 +47,19 @@ def test_what_is_written_is_read(storage: Storage) -> None:
     assert not storage.exists("a/d.json")
 
 
+def test_files_of_any_size_go_there_and_back(storage: Storage, tmp_path: Path) -> None:
+    own, back = tmp_path / "own", tmp_path / "deep" / "back"
+    own.write_bytes(os.urandom(2**24 + 1))
+    storage.put(own, "a/b/large")
+    storage.get("a/b/large", back)
+    assert back.read_bytes() == own.read_bytes()
+    with pytest.raises(StorageError, match="cannot read"):
+        storage.get("a/nothing", back)
+    storage.delete_folder("a")
+    storage.delete_folder("a")
+    assert not storage.exists("a")
+
+
 def test_no_temporary_file_is_left(tmp_path: Path) -> None:
     Storage(str(tmp_path)).write_bytes("a/b", b"1")
     assert everything(tmp_path) == ["a/b"]
