@@ -45,9 +45,17 @@ FSDP = Resources(num_workers=2, strategy="fsdp")
     ("resources", "config", "said"),
     [
         (THREE, trial("sft"), "= 16 must be a multiple of num_workers 3"),
-        (TWO, trial("sft", batch_size=6, accumulation=2), "= 3 must be a multiple of num_workers 2"),
+        (
+            TWO,
+            trial("sft", batch_size=6, accumulation=2),
+            "= 3 must be a multiple of num_workers 2",
+        ),
         (TWO, trial("kto", batch_size=2), "at least 4 for kto"),
-        (TWO, trial("grpo", batch_size=8), "num_workers = 4) must be a multiple of algorithm.num_g"),
+        (
+            TWO,
+            trial("grpo", batch_size=8),
+            "num_workers = 4) must be a multiple of algorithm.num_g",
+        ),
         (FSDP, trial("ppo"), "strategy fsdp does not train ppo"),
         (FSDP, trial("prime"), "strategy fsdp does not train prime"),
         (FSDP, trial("grpo"), "set algorithm.kl_coef 0.04 to 0"),
