@@ -101,9 +101,9 @@ class Probe(TrainerCallback):  # type: ignore[misc]
         self._check_base()
 
     def _check_base(self) -> None:
-        shapes = {name: tuple(weight.shape) for name, weight in self.model.named_parameters()}
         found = {name: info.shape for name, info in self.base.tensors.items()}
-        others = (name for name, shape in shapes.items() if found.get(name) != shape)
+        shapes = self._trajectory.shapes.items()
+        others = (name for name, shape in shapes if found.get(name) != shape)
         name = next(others, None) or next(self._unlike_base(), None)
         if name is not None:
             raise CheckpointError(

@@ -53,16 +53,8 @@ class Resources(Config):
         if self.num_workers == 1:
             return None
         micro, algorithm = config.train.micro_batch_size, config.algorithm
-        if self.strategy == "fsdp" and isinstance(algorithm, OnlineConfig):
-            return (
-                f"strategy fsdp does not train {algorithm.name}, which samples from the policy; "
-                "leave strategy out (ddp), or take another algorithm"
-            )
-        if self.strategy == "fsdp" and config.keep_checkpoints:
-            return (
-                "strategy fsdp keeps no checkpoints, since no worker holds the whole model; leave "
-                "keep_checkpoints out: the patches are lossless"
-            )
+        if self.strategy == "fsdp" and (reason := _whole_model(config)):
+            return f"strategy fsdp {reason}"
         whole = self.num_workers * (2 if isinstance(algorithm, KtoConfig) else 1)
         if micro % self.num_workers or micro < whole:
             return (
@@ -79,3 +71,24 @@ class Resources(Config):
                     f"{algorithm.num_generations}; change one of them"
                 )
         return None
+
+
+def _whole_model(config: TrialConfig) -> str | None:
+    """What of a trial needs a whole model on one worker, and what to do about it; or None."""
+    algorithm = config.algorithm
+    if algorithm.name in ("ppo", "prime"):
+        return (
+            f"does not train {algorithm.name}, whose second model every worker holds whole; leave "
+            "strategy out (ddp), or take another algorithm"
+        )
+    if isinstance(algorithm, OnlineConfig) and algorithm.kl_coef:
+        return (
+            f"trains {algorithm.name} without a reference only, which every worker would hold "
+            f"whole; set algorithm.kl_coef {algorithm.kl_coef:g} to 0, or leave strategy out (ddp)"
+        )
+    if config.keep_checkpoints:
+        return (
+            "keeps no checkpoints, which one worker would have to hold whole; leave "
+            "keep_checkpoints out: the patches are lossless"
+        )
+    return None

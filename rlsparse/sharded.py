@@ -7,7 +7,7 @@ nowhere.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 from rlsparse import distributed, masks
 from rlsparse.masks import Packed
 from rlsparse.tensor_file import Bits
-from rlsparse.trajectory import OnMask, StepChanges, Trajectory, bits_of, unsigned
+from rlsparse.trajectory import OnMask, StepChanges, Trajectory
 
 BasePart = Callable[[str, int, int], Bits]
 """(weight, start, stop) -> bits of these flat elements of the base, in the stored format."""
@@ -39,22 +39,28 @@ def split(model: torch.nn.Module) -> None:
             module.reshard()
 
 
-def start_of(weight: DTensor) -> int:
-    """Flat index of a worker's first element; its rows follow those of the worker before."""
+def own_rows(weight: torch.Tensor) -> torch.Tensor:
+    """What this worker holds of a weight tensor, flat."""
+    assert isinstance(weight, DTensor)
     assert weight.placements == (Shard(0),)
-    num_rows = weight.shape[0]
+    rows: torch.Tensor = cast(DTensor, weight.detach()).to_local()
+    return rows.reshape(-1)
+
+
+def start_of(shape: Sequence[int]) -> int:
+    """Flat index in a whole tensor of the first element that this worker holds.
+
+    Rows are dealt out as ``torch.chunk`` does: as many to each, fewer or none to the last.
+    """
+    num_rows, *rest = shape
     rows_each = -(-num_rows // distributed.num_workers())
-    return min(distributed.rank() * rows_each, num_rows) * math.prod(weight.shape[1:])
+    return min(distributed.rank() * rows_each, num_rows) * math.prod(rest)
 
 
 def spaced(model: torch.nn.Module, stride: int) -> torch.Tensor:
     """|w| of every ``stride``-th element of each weight tensor, fp32, on the host of worker 0."""
     split(model)
-    weights: Iterator[Any] = model.parameters()
-    own = [
-        weight.detach().to_local().reshape(-1)[-start_of(weight) % stride :: stride]
-        for weight in weights
-    ]
+    own = [own_rows(w)[-start_of(w.shape) % stride :: stride] for w in model.parameters()]
     parts = distributed.gathered(torch.cat([part.abs().float().cpu() for part in own]).numpy())
     return torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(1)
 
@@ -80,30 +86,25 @@ class ShardedTrajectory(Trajectory):
         base: BasePart,
     ) -> None:
         self._base = base
+        split(model)
         super().__init__(model, dtype, windows)
-        self.num_elements = sum(weight.numel() for weight in model.parameters())
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, weight in self._parts():
-            yield name, weight.to_local().reshape(-1)
-
-    def _parts(self) -> Iterator[tuple[str, Any]]:
         split(self._model)
         for name, weight in self._model.named_parameters():
-            yield name, weight.detach()
+            yield name, own_rows(weight)
 
     def stored(self) -> Iterator[tuple[str, tuple[int, ...], Bits]]:
         """See ``Trajectory`` and the class."""
-        for name, weight in self._parts():
-            start = start_of(weight)
-            bits = unsigned(bits_of(weight.to_local().reshape(-1), self._dtype).cpu())
+        for name, shape, bits in super().stored():
+            start = start_of(shape)
             changed = bits != self._base(name, start, start + bits.size)
             found = distributed.gathered((start, bits.size, masks.pack(changed), bits[changed]))
             if found:
-                whole = self._base(name, 0, weight.numel())
+                whole = self._base(name, 0, math.prod(shape))
                 for first, size, mask, values in found:
                     whole[first : first + size][masks.unpack(mask, size)] = values
-                yield name, tuple(weight.shape), whole
+                yield name, shape, whole
 
     def is_finite(self) -> bool:
         """See ``Trajectory``; all workers say the same."""

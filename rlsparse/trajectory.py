@@ -4,6 +4,7 @@ Tensors are taken one at a time and in pieces, and compared where they are: of a
 counts, and packed masks that are asked for, come to the host.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,15 +62,16 @@ class Trajectory:
     ) -> None:
         self._model = model
         self._dtype = dtype
+        self.shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
         self._copies = {
-            k: {name: bits_of(weight, dtype).clone() for name, weight in self._weights()}
+            k: {name: _bits(weight, dtype).clone() for name, weight in self._weights()}
             for k in (1, *windows)
         }
         self._ever = {
             name: torch.zeros(-(-bits.numel() // 64), dtype=torch.int64, device=bits.device)
             for name, bits in self._copies[1].items()
         }
-        self.num_elements = sum(bits.numel() for bits in self._copies[1].values())
+        self.num_elements = sum(map(math.prod, self.shapes.values()))
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Flat weights as they are trained, tied ones once."""
@@ -78,9 +80,8 @@ class Trajectory:
 
     def stored(self) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
         """Name, shape and flat unsigned bits of each weight as it is now, one at a time."""
-        for name, weight in self._model.named_parameters():
-            bits = bits_of(weight.detach().reshape(-1), self._dtype)
-            yield name, tuple(weight.shape), unsigned(bits.cpu())
+        for name, weight in self._weights():
+            yield name, self.shapes[name], _unsigned(_bits(weight, self._dtype).cpu())
 
     def is_finite(self) -> bool:
         """Whether no weight is infinite or NaN."""
@@ -101,7 +102,7 @@ class Trajectory:
             words = {k: torch.empty_like(self._ever[name]) for k in ending}
             size = _CPU_PIECE if weight.device.type == "cpu" else _GPU_PIECE
             for start in range(0, weight.numel(), size):
-                bits = bits_of(weight[start : start + size], self._dtype)
+                bits = _bits(weight[start : start + size], self._dtype)
                 for k in ending:
                     before = self._copies[k][name][start : start + size]
                     part = words[k][start // 64 : -(-(start + bits.numel()) // 64)]
@@ -146,7 +147,7 @@ def compare_bits(
         The count; on a GPU as a tensor, so that nothing waits for it.
     """
     if before.device.type == "cpu":
-        return compare(unsigned(before), unsigned(after), words.numpy().view(np.uint64))
+        return compare(_unsigned(before), _unsigned(after), words.numpy().view(np.uint64))
     return compare_on_device(before, after, words)
 
 
@@ -176,13 +177,12 @@ def count_bits_on_device(words: torch.Tensor) -> torch.Tensor:
     return fields.view(torch.uint8).sum(dtype=torch.int64)
 
 
-def bits_of(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _bits(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Integer view of a weight in the stored format: of itself where that is how it is trained."""
     return weight.to(dtype).view(_INTEGERS[dtype])
 
 
-def unsigned(bits: torch.Tensor) -> np.ndarray:
-    """Bits of integers on the host, as unsigned integers of the same width."""
+def _unsigned(bits: torch.Tensor) -> np.ndarray:
     return bits.numpy().view(_UNSIGNED[bits.dtype])
 
 

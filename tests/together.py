@@ -1,8 +1,9 @@
-"""Trials trained by several worker processes, without Ray: one process group for many trials."""
+"""Several worker processes without Ray: one process group, in which trials are trained."""
 
 import json
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,70 +12,103 @@ import torch
 from torch import distributed, multiprocessing
 
 from rlsparse.config import TrialConfig
-from rlsparse.errors import RlsparseError
 
 
-@dataclass(frozen=True)
-class Job:
-    """A trial, and how its workers train it."""
+def run_together(function: Callable[..., None], *arguments: Any, num_workers: int = 2) -> None:
+    """Call ``function(rank, *arguments)`` in processes of their own; one that raises fails all.
 
-    config: TrialConfig
-    folder: Path
-    """Worker r leaves its files in ``worker-r``, and its weights there, too, by name."""
-    strategy: str = "ddp"
-
-    def of(self, rank: int) -> Path:
-        return self.folder / f"worker-{rank}"
-
-    def weights(self, rank: int = 0) -> dict[str, torch.Tensor]:
-        """Weights that a worker ended with, put together if they were split."""
-        return torch.load(self.of(rank) / "weights.pt")
-
-    def progress(self, rank: int = 0) -> list[dict[str, Any]]:
-        return json.loads((self.of(rank) / "progress.json").read_text())
-
-    def error(self, rank: int = 0) -> str:
-        return (self.of(rank) / "error.txt").read_text()
-
-
-def train_together(jobs: list[Job], base: Any, num_workers: int = 2) -> None:
-    """Train each of ``jobs``, one after the other, by processes that stay for all of them."""
+    The function must be one of this module: pytest's own cannot be imported elsewhere.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(_worker, (num_workers, port, jobs, base), num_workers)
+    multiprocessing.spawn(_enter, (num_workers, port, function, arguments), num_workers)
 
 
-def _worker(rank: int, num_workers: int, port: int, jobs: list[Job], base: Any) -> None:
+def _enter(rank: int, num_workers: int, port: int, function: Any, arguments: Any) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_workers),
         "LOCAL_WORLD_SIZE": str(num_workers), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
+    torch.set_num_threads(1)
     distributed.init_process_group("gloo")
-    for job in jobs:
-        job.of(rank).mkdir(parents=True)
-        try:
-            _train(job, rank, base)
-        except RlsparseError as error:
-            (job.of(rank) / "error.txt").write_text(f"{type(error).__name__}: {error}")
+    function(rank, *arguments)
     distributed.destroy_process_group()
 
 
-def _train(job: Job, rank: int, base: Any) -> None:
-    from rlsparse import train
-    from rlsparse.sharded import split
+def in_turn(rank: int, calls: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> None:
+    """Call several functions, with their arguments; to be run together."""
+    for function, arguments in calls:
+        function(rank, *arguments)
 
-    contexts, load = [], train._load
 
-    def keeping(*args: Any, **kwargs: Any) -> Any:
-        contexts.append(load(*args, **kwargs))
-        return contexts[-1]
+# --- trials ----------------------------------------------------------------------------------
 
-    train._load = keeping
+
+@dataclass(frozen=True)
+class Job:
+    """A trial, how its workers train it, and what they left."""
+
+    config: TrialConfig
+    folder: Path
+    strategy: str = "ddp"
+
+    def of(self, rank: int) -> Path:
+        """Folder of a worker's files."""
+        return self.folder / f"worker-{rank}"
+
+    def weights(self, rank: int = 0) -> list[dict[str, torch.Tensor]]:
+        """Whole weights before the first step and after each, as a worker has them."""
+        return torch.load(self.of(rank) / "weights.pt")
+
+    def companion(self, rank: int = 0) -> dict[str, torch.Tensor]:
+        """Weights that PPO's critic or PRIME's reward model ended with."""
+        return torch.load(self.of(rank) / "companion.pt")
+
+    def progress(self, rank: int = 0) -> list[dict[str, Any]]:
+        return json.loads((self.of(rank) / "progress.json").read_text())
+
+
+def train_all(rank: int, jobs: list[Job], base: Any) -> None:
+    """Train ``jobs``, one after the other; to be run together."""
+    for job in jobs:
+        train(job, base, rank)
+
+
+def train(job: Job, base: Any, rank: int = 0) -> None:
+    """Train a trial in this process, alone or with others, and keep what ``Job`` reads."""
+    from transformers import TrainerCallback
+
+    from rlsparse.algorithms import ALGORITHMS, rollouts
+    from rlsparse.train import train_trial
+
+    build, original = ALGORITHMS[job.config.algorithm.name], rollouts.Companion
+    weights: list[dict[str, torch.Tensor]] = []
+    companions: list[Any] = []
     progress: list[dict[str, Any]] = []
+
+    class Keep(TrainerCallback):
+        def __init__(self, model: Any) -> None:
+            self.model = model
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            weights.append(whole_weights(self.model))
+
+        on_step_end = on_train_begin
+
+    def building(context: Any) -> Any:
+        trainer = build(context)
+        trainer.add_callback(Keep(context.model))
+        return trainer
+
+    def companion(*given: Any) -> Any:
+        companions.append(original(*given))
+        return companions[-1]
+
+    ALGORITHMS[job.config.algorithm.name], rollouts.Companion = building, companion
     try:
-        train.train_trial(
+        train_trial(
             job.config,
             trial_id="0123456789ab",
             base_dir=base.path,
@@ -84,12 +118,103 @@ def _train(job: Job, rank: int, base: Any) -> None:
             on_progress=progress.append,
         )
     finally:
-        train._load = load
+        ALGORITHMS[job.config.algorithm.name], rollouts.Companion = build, original
     (job.of(rank) / "progress.json").write_text(json.dumps(progress))
-    split(contexts[0].model)
-    whole = {name: _whole(w) for name, w in contexts[0].model.named_parameters()}
-    torch.save(whole, job.of(rank) / "weights.pt")
+    torch.save(weights, job.of(rank) / "weights.pt")
+    for one in companions:
+        torch.save(one.model.state_dict(), job.of(rank) / "companion.pt")
 
 
-def _whole(weight: torch.Tensor) -> torch.Tensor:
-    return (weight.full_tensor() if hasattr(weight, "full_tensor") else weight).detach().clone()
+def whole_weights(model: Any) -> dict[str, torch.Tensor]:
+    """All weights, gathered by torch where they are in parts."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return {
+        name: (w.full_tensor() if hasattr(w, "full_tensor") else w).detach().clone()
+        for name, w in model.named_parameters()
+    }
+
+
+# --- other things that workers do together ---------------------------------------------------
+
+
+def average_gradients(rank: int, out: Path) -> None:
+    """Worker r has gradient r + 1 on one weight; on another, only the first has one."""
+    from rlsparse.distributed import average_gradients, worker_seed
+
+    weights = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    weights[0].grad = torch.full((3,), rank + 1.0)
+    if rank == 0:
+        weights[1].grad = torch.ones(3)
+    average_gradients(weights)
+    found = [[*w.grad.tolist()] for w in weights]
+    (out / f"{rank}.json").write_text(json.dumps({"gradients": found, "seed": worker_seed(7)}))
+
+
+def whiten(rank: int, rows: list[tuple[torch.Tensor, torch.Tensor]], out: Path) -> None:
+    """Each worker whitens its own completions."""
+    from rlsparse.algorithms.ppo import whiten
+
+    torch.save(whiten(*rows[rank]), out / f"{rank}.pt")
+
+
+SHAPES = [(5, 7), (5,), (2, 5), (2,), (130, 3), (130,)]
+"""Over three workers: parts that begin within a byte, and some without a row."""
+
+
+class Odd(torch.nn.Module):
+    """Weights of odd shapes, and what each step makes of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weights = torch.nn.ParameterList(torch.randn(s, generator=generator) for s in SHAPES)
+
+    def at(self, step: int) -> list[torch.Tensor]:
+        """The weights after a step: each changes a third of its elements, or sets them back."""
+        generator = torch.Generator().manual_seed(1)
+        now = start = [weight.detach().clone() for weight in Odd().weights]
+        for number in range(step):
+            touched = [torch.rand(s, generator=generator) < 0.3 for s in SHAPES]
+            pairs = zip(touched, now, start, strict=True)
+            now = [torch.where(t, s if number == 2 else n + 0.5, n) for t, n, s in pairs]
+        return now
+
+
+def observe(rank: int, num_steps: int, out: Path) -> None:
+    """A sharded trajectory of ``Odd``, and what it says on each worker."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    from rlsparse.sharded import ShardedTrajectory, spaced
+
+    model, before = Odd(), [weight.detach().numpy().copy() for weight in Odd().weights]
+    named = {f"weights.{i}": values.reshape(-1) for i, values in enumerate(before)}
+    fully_shard(model)
+    trajectory = ShardedTrajectory(
+        model, torch.float32, (2,), lambda name, a, b: named[name][a:b].copy().view("uint32")
+    )
+    changes, masks_of = [], []
+    for step in range(1, num_steps + 1):
+        for weight, values in zip(model.parameters(), model.at(step), strict=True):
+            part = distribute_tensor(values, weight.device_mesh, weight.placements)
+            weight.detach().to_local().copy_(part.to_local())
+        found: dict[str, Any] = {}
+        changes.append(trajectory.advance(step, found.__setitem__))
+        masks_of.append(found)
+    kept = {
+        "num_elements": trajectory.num_elements,
+        "changes": [(c.num_changed, c.num_ever_changed) for c in changes],
+        "masks": masks_of,
+        "ever": dict(trajectory.ever_changed()),
+        "stored": {name: (shape, bits) for name, shape, bits in trajectory.stored()},
+        "spaced": spaced(model, 4),
+        "finite": [trajectory.is_finite()],
+    }
+    if rank == 2:
+        next(iter(model.parameters())).detach().to_local().fill_(float("nan"))
+    kept["finite"].append(trajectory.is_finite())
+    torch.save(kept, out / f"{rank}.pt")

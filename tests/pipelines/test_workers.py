@@ -1,0 +1,122 @@
+"""Several workers of one trial through Ray Train: what they occupy, and when they fail together."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from command import Command, StudyRun, run_study, wait_until
+
+from pipelines import sweep
+from pipelines.plan import make_plan
+from pipelines.workers import occupied
+from rlsparse import tables
+from rlsparse.patch import Patch
+from rlsparse.resources import Resources
+from rlsparse.study_file import load_study
+
+STUDY = """
+question: Do two workers train a trial?
+baseline:
+  task: {num_train_problems: 32, num_eval_problems: 16}
+  algorithm: {name: sft}
+  train: {num_steps: 24, batch_size: 8, learning_rate: 1.0e-4, precision: fp32}
+  probe: {snapshots: [2], score_snapshots: false}
+seeds: [0]
+resources: {num_workers: 2, strategy: fsdp}
+"""
+
+
+@pytest.mark.parametrize(
+    ("resources", "slots", "reserved"),
+    [
+        (Resources(num_threads=2), 8, {"cpu": 2}),
+        (Resources(num_threads=2, gpus_per_worker=1), 5, {"cpu": 2, "gpu": 1}),
+        (Resources(num_threads=1, gpus_per_worker=0.25), 16, {"cpu": 1, "gpu": 0.25}),
+        (Resources(num_threads=2, num_workers=3), 2, {"cpu": 0, "memory": 1}),
+        (Resources(num_workers=2, gpus_per_worker=1), 2, {"cpu": 0, "memory": 1}),
+        (Resources(num_workers=100), 1, {"cpu": 0, "memory": 1}),
+    ],
+)
+def test_as_many_trials_run_as_there_is_room_for_all_their_workers(
+    resources: Resources,
+    slots: int,
+    reserved: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": 5.0})
+    assert sweep.num_slots(resources) == slots
+    assert sweep._reserved(resources) == reserved
+    assert sweep._most_at_once(resources) == (slots if resources.num_workers > 1 else None)
+    assert occupied(resources)["CPU"] == resources.num_threads
+
+
+# --- through the command ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Iterator[Command]:
+    command = Command(tmp_path)
+    try:
+        yield command
+    finally:
+        command.close()
+
+
+def final_patch(run: StudyRun) -> Patch:
+    (trial,) = run.plan.trials
+    folder = run.folder / "trials" / trial.trial_id / "snapshots" / "step-000024"
+    return Patch.open(folder / "weights.patch.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_trial_whose_worker_is_killed_runs_again_to_the_same_end(
+    command: Command, tmp_path: Path
+) -> None:
+    first = run_study(command, STUDY)
+    assert first.result.returncode == 0, first.result.stderr
+    (trial,) = first.plan.trials
+    assert first.plan.ledger.get(trial.trial_id).attempts == 1
+    storage = tmp_path / "again"
+    plan = make_plan(load_study(first.yaml), str(storage))
+    driver = command.start("run", first.yaml, "--storage", storage)
+
+    def has_begun() -> bool:
+        assert driver.poll() is None, driver.communicate()
+        pid = plan.ledger.get(trial.trial_id).pid
+        folder = command.temporary / f"rlsparse-trial-{trial.trial_id}-{pid}"
+        return (folder / "snapshots" / "step-000002" / "weights.patch.safetensors").exists()
+
+    wait_until(has_begun, 300)
+    victim = plan.ledger.get(trial.trial_id).pid
+    assert victim is not None
+    workers = [p for p in command.processes() if "RayTrainWorker" in p.name() + str(p.cmdline())]
+    assert len(workers) == 2
+    (other,) = [worker for worker in workers if worker.pid != victim]
+    psutil.Process(other.pid).send_signal(signal.SIGKILL)
+    _, err = driver.communicate(timeout=500)
+    assert driver.returncode == 0, err
+    assert plan.ledger.get(trial.trial_id).attempts == 2
+    again = StudyRun(first.yaml, storage, plan, first.result, command)
+    assert final_patch(again).path.read_bytes() == final_patch(first).path.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_our_own_error_in_a_worker_fails_the_trial_at_once_in_its_own_words(
+    command: Command,
+) -> None:
+    # At this temperature the samples of a prompt are all alike: no pair of right and wrong.
+    dpo = "{name: dpo, temperature: 1.0e-4, num_samples_per_prompt: 2}"
+    text = STUDY.replace("{name: sft}", dpo).replace(", strategy: fsdp", "")
+    run = run_study(command, text)
+    assert run.result.returncode == 1
+    entry = run.plan.ledger.get(run.plan.trials[0].trial_id)
+    assert (entry.status, entry.attempts) == ("failed", 1)
+    assert entry.error is not None
+    assert entry.error.startswith("TrialError: dpo found no pair")
+    (row,) = tables.read(run.folder / "tables" / "trials.parquet", "trials").to_pylist()
+    assert row["error"] == entry.error
