@@ -108,6 +108,7 @@ def train_trial(
         "kl_final": probe.distances[last],
         "patch_bytes": probe.patch_bytes,
         **split,
+        **probe.prices.columns(),
         "wall_s": time.monotonic() - started,
         "cpu_s": time.process_time() - cpu_started,
         "peak_bytes": _peak_bytes(),
