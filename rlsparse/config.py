@@ -286,12 +286,16 @@ class ProbeConfig(Config):
     After every step it is measured which weights differ from the step before; ``k_steps`` are
     further windows, in steps, over which that is measured, of which each costs the memory of one
     more copy of the weights. ``step_masks``: the mask of what each step changed is kept.
+    ``casts``: at each snapshot, what differs from the base after a cast to each of the views.
+    ``update_interval``: after every so many steps, gradients and updates against half a bf16 ULP.
     """
 
     snapshots: tuple[Annotated[int, Field(ge=1)], ...] = ()
     score_snapshots: bool = True
     k_steps: tuple[StepWindow, ...] = ()
     step_masks: bool = False
+    casts: bool = False
+    update_interval: int | None = Field(None, ge=1)
 
 
 class TrialConfig(Config):
@@ -313,6 +317,11 @@ class TrialConfig(Config):
                 raise ValueError(
                     f"probe.{name} {beyond} lie beyond train.num_steps {self.train.num_steps}"
                 )
+        if (self.probe.update_interval or 0) > self.train.num_steps:
+            raise ValueError(
+                f"probe.update_interval {self.probe.update_interval} lies beyond train.num_steps "
+                f"{self.train.num_steps}, so that no step would be looked at; lower it"
+            )
         algorithm, micro = self.algorithm, self.train.micro_batch_size
         if isinstance(algorithm, KtoConfig) and micro < 2:
             raise ValueError(
@@ -349,3 +358,8 @@ class TrialConfig(Config):
     def stored_dtype(self) -> str:
         """Number format of the weights that this trial leaves: ``bf16`` or ``fp32``."""
         return STORED_DTYPE[self.train.precision]
+
+    @property
+    def trained_dtype(self) -> str:
+        """Number format of the weights while they are trained; that of the masters, if any."""
+        return "fp32" if self.train.precision == "bf16-mixed" else self.stored_dtype

@@ -17,6 +17,12 @@ StepWindow = Literal[2, 4, 8, 16, 32, 64]
 STEP_WINDOWS: tuple[int, ...] = (1, *get_args(StepWindow))
 """Lengths, in optimizer steps, over which a trial measures what changed."""
 
+PROBE_PARTS: tuple[str, ...] = (
+    "steps", "snapshots", "scores", "windows", "step_masks", "casts", "updates",
+)  # fmt: skip
+"""What a trial measures while it trains, by the names under which its CPU time is kept; the first
+two are in every trial."""
+
 Module = Literal[
     "q", "k", "v", "o", "qkv", "gate", "up", "gate_up", "down",
     "router", "norm", "embed", "head", "bias", "other",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import distributed
+from torch.distributed.tensor import DTensor
 
 
 def rank() -> int:
@@ -83,3 +84,9 @@ def average_gradients(weights: Iterable[torch.nn.Parameter]) -> None:
             weight.grad = torch.zeros_like(weight)
         distributed.all_reduce(weight.grad)
         weight.grad.div_(num_workers())
+
+
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this worker holds of a tensor, detached: all, unless each worker holds a part of it."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -41,7 +41,7 @@ def trial_id(
         mode="json",
         exclude={"keep_checkpoints": True, "model": True, "task": {"source", "test_source"}},
     )
-    for later in ("k_steps", "step_masks"):  # trials without them keep the names that they had
+    for later in ("k_steps", "step_masks", "casts", "update_interval"):  # without, the name stays
         if not resolved["probe"][later]:
             del resolved["probe"][later]
     if resolved["algorithm"].get("data", "gold") not in ("gold", "sampled"):

@@ -8,6 +8,7 @@ workers of a trial hold parts of the weights, each has a probe, and the first on
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from rlsparse import distributed, masks, tables
+from rlsparse.cast_changes import cast_changes
 from rlsparse.checkpoint import Checkpoint
 from rlsparse.config import OnlineConfig, TrialConfig
 from rlsparse.deltas import tensor_mask_rows
@@ -23,11 +25,13 @@ from rlsparse.errors import CheckpointError, TrialError
 from rlsparse.kernels import cast_bits, popcount
 from rlsparse.models.loading import TORCH_DTYPES
 from rlsparse.patch import PATCH_FILE, TensorPair, write_patch
+from rlsparse.prices import Prices
 from rlsparse.sharded import ShardedTrajectory, is_sharded
 from rlsparse.tables import EVER_CHANGED, snapshot_folder, step_mask_file
 from rlsparse.tasks.generate import Score
 from rlsparse.tensor_file import Bits
 from rlsparse.trajectory import StepChanges, Trajectory
+from rlsparse.update_probe import UpdateCounts, count_updates
 
 _TOO_FAST = "lower train.learning_rate or set train.max_grad_norm"
 
@@ -42,7 +46,7 @@ _LOGGED = {
 }
 """Names in TRL's logs -> columns of table ``steps``."""
 
-_REMEMBERED = ("rows", "scores", "distances", "changes", "patch_bytes", "_num_final")
+_REMEMBERED = ("rows", "scores", "distances", "changes", "patch_bytes", "_asked", "_num_final")
 """Attributes of the probe that a save of the trial holds."""
 
 
@@ -87,18 +91,22 @@ class Probe(TrainerCallback):  # type: ignore[misc]
         self.scores: dict[int, Score] = {}
         self.distances: dict[int, float] = {}
         self.changes: dict[int, StepChanges] = {}
+        self.prices = Prices()
         self.patch_bytes = 0
+        self._asked: dict[int, dict[str, Any]] = {}
         self._num_final = 0
         self._score = score
         self._distance = distance
         self._on_progress = on_progress
-        dtype = TORCH_DTYPES[config.stored_dtype]
-        self._trajectory = (
-            ShardedTrajectory(model, dtype, config.probe.k_steps, self._base)
-            if is_sharded(model)
-            else Trajectory(model, dtype, config.probe.k_steps)
-        )
-        self._check_base()
+        with self.prices.of("steps"):
+            self._trajectory = self._new_trajectory(TORCH_DTYPES[config.stored_dtype])
+            self._check_base()
+
+    def _new_trajectory(self, dtype: torch.dtype) -> Trajectory:
+        windows = self.config.probe.k_steps
+        if is_sharded(self.model):
+            return ShardedTrajectory(self.model, dtype, windows, self.prices, base=self._base)
+        return Trajectory(self.model, dtype, windows, self.prices)
 
     def _check_base(self) -> None:
         found = {name: info.shape for name, info in self.base.tensors.items()}
@@ -125,39 +133,68 @@ class Probe(TrainerCallback):  # type: ignore[misc]
     def state_dict(self) -> dict[str, Any]:
         """What is remembered between steps, apart from the files and the weights as they are."""
         own = {name: getattr(self, name) for name in _REMEMBERED}
-        return {**own, "trajectory": self._trajectory.state_dict()}
+        trajectory = self._trajectory.state_dict()
+        return {**own, "cpu_s": self.prices.cpu_s, "trajectory": trajectory}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what ``state_dict`` gave, the model being at the weights of then."""
         for name in _REMEMBERED:
             setattr(self, name, state[name])
+        self.prices.cpu_s = state["cpu_s"]
         self._trajectory.load_state_dict(state["trajectory"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Score the model before the first step, under the trainer's own autocast."""
         if state.global_step:  # it goes on from a save
             return
-        self.scores[0], self.distances[0] = self._score(), 0.0
+        with self.prices.of("scores"):
+            self.scores[0], self.distances[0] = self._score(), 0.0
         self.rows[0] = {"step": 0, **self._measured(0)}
+
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
+    ) -> None:
+        """Look at gradients and updates while both are there, at the steps that are asked for."""
+        step, interval = state.global_step + 1, self.config.probe.update_interval
+        if interval and step % interval == 0:
+            with self.prices.of("updates"):
+                own = count_updates(self.model, optimizer, self._trajectory.before)
+                counts = UpdateCounts(*self._trajectory.totals(astuple(own)))
+            self._asked[step] = counts.fractions()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Note what changed; at a snapshot, write the patch and score the model.
 
         Raises:
-            TrialError: a weight is not finite.
+            TrialError: a weight is not finite in the stored format.
         """
         step = state.global_step
-        if not self._trajectory.is_finite():
+        with self.prices.of("steps"):
+            if self.config.probe.step_masks:
+                self._write_step_mask(step)
+            else:
+                self.changes[step] = self._trajectory.advance(step)
+        if not self.changes[step].is_finite:
             raise TrialError(f"weights are not finite after step {step}; {_TOO_FAST}")
-        if self.config.probe.step_masks:
-            self._write_step_mask(step)
-        else:
-            self.changes[step] = self._trajectory.advance(step)
         if step in self.config.snapshot_steps:
-            self._write_snapshot(step)
+            with self.prices.of("snapshots"):
+                self._write_snapshot(step)
+            if self.config.probe.casts:
+                with self.prices.of("casts"):
+                    self._asked[step] = self._asked.get(step, {}) | self._cast_changes()
             last = step == self.config.train.num_steps
             if last or self.config.probe.score_snapshots:
-                self.scores[step], self.distances[step] = self._score(), self._distance()
+                with self.prices.of("scores"):
+                    self.scores[step], self.distances[step] = self._score(), self._distance()
+
+    def _cast_changes(self) -> dict[str, float]:
+        pairs = (
+            (self._base(name, start, start + bits.size), bits)
+            for name, start, bits in self._trajectory.trained()
+        )
+        own = cast_changes(pairs, self.config.stored_dtype, self.config.trained_dtype)
+        counts = zip(own, self._trajectory.totals(own.values()), strict=True)
+        return {f"changed_fraction_{c}": n / self._trajectory.num_elements for c, n in counts}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Keep one row of table ``steps``.
@@ -186,11 +223,12 @@ class Probe(TrainerCallback):  # type: ignore[misc]
     def _measured(self, step: int) -> dict[str, float]:
         return {"score": self.scores[step].fraction, "kl_base": self.distances[step]}
 
-    def _changed(self, step: int) -> dict[str, float]:
+    def _changed(self, step: int) -> dict[str, Any]:
         changes, total = self.changes[step], self._trajectory.num_elements
         return {
             **{f"update_sparsity_k{k}": 1 - n / total for k, n in changes.num_changed.items()},
             "ever_changed_fraction": changes.num_ever_changed / total,
+            **self._asked.get(step, {}),
         }
 
     def _write_snapshot(self, step: int) -> None:
@@ -212,18 +250,19 @@ class Probe(TrainerCallback):  # type: ignore[misc]
         rows: list[dict[str, Any]] = []
 
         def add(name: str, mask: masks.Packed) -> None:
-            rows.extend(
-                tensor_mask_rows(
-                    self.base.tensors[name], mask, trial_id=self.trial_id, step=step, kind="step"
+            info = self.base.tensors[name]
+            with self.prices.of("step_masks"):
+                rows.extend(
+                    tensor_mask_rows(info, mask, trial_id=self.trial_id, step=step, kind="step")
                 )
-            )
 
         self.changes[step] = self._trajectory.advance(step, add)
         if distributed.rank() > 0:
             return
         file = self.out_dir / step_mask_file(step)
-        file.parent.mkdir(exist_ok=True)
-        tables.write(tables.from_rows(rows, "masks"), "masks", file)
+        with self.prices.of("step_masks"):
+            file.parent.mkdir(exist_ok=True)
+            tables.write(tables.from_rows(rows, "masks"), "masks", file)
 
     def finish(self) -> dict[str, int]:
         """Write the mask of every weight that differed from the base after any step.
@@ -236,19 +275,21 @@ class Probe(TrainerCallback):  # type: ignore[misc]
             ``num_final`` did then (2505.11711, section 6, which looks at 21 checkpoints; here the
             interval is one step).
         """
-        ever_changed = {
-            name: (self.base.tensors[name].shape, mask)
-            for name, mask in self._trajectory.ever_changed()
-        }
-        if distributed.rank() == 0:
-            masks.write_masks(
-                self.out_dir / EVER_CHANGED,
-                ever_changed,
-                base_fingerprint=self.base_fingerprint,
-                metadata={"kind": "ever_changed", "interval_steps": "1"},
-            )
+        with self.prices.of("steps"):
+            ever_changed = {
+                name: (self.base.tensors[name].shape, mask)
+                for name, mask in self._trajectory.ever_changed()
+            }
+            if distributed.rank() == 0:
+                masks.write_masks(
+                    self.out_dir / EVER_CHANGED,
+                    ever_changed,
+                    base_fingerprint=self.base_fingerprint,
+                    metadata={"kind": "ever_changed", "interval_steps": "1"},
+                )
         if self.config.probe.step_masks:
-            self._note_outside()
+            with self.prices.of("step_masks"):
+                self._note_outside()
         num_ever = self.changes[self.config.train.num_steps].num_ever_changed
         return {
             "num_untouched": self._trajectory.num_elements - num_ever,

@@ -8,7 +8,7 @@ element in the flat tensor); all trials of a base share the same chunks.
 
 import pyarrow as pa
 
-from rlsparse.definitions import DEFINITIONS, RANK_TOLERANCES, STEP_WINDOWS
+from rlsparse.definitions import DEFINITIONS, PROBE_PARTS, RANK_TOLERANCES, STEP_WINDOWS, VIEWS
 
 SCHEMA_VERSION = "3"
 OLDER_VERSIONS = frozenset({"2"})
@@ -55,6 +55,8 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("num_final", pa.int64()),
             ("wall_s", pa.float64()),
             ("cpu_s", pa.float64()),
+            # Of cpu_s, what each part of the probe took; null where it was not asked for.
+            *((f"probe_{part}_cpu_s", pa.float64()) for part in PROBE_PARTS),
             ("peak_bytes", pa.int64()),
             ("attempts", pa.int32()),
             ("host", pa.string()),
@@ -92,6 +94,19 @@ SCHEMAS: dict[str, pa.Schema] = {
             # Share of what this step changed (against the step before) that is equal to the base
             # after the last step; null without `probe.step_masks`, or where nothing changed.
             ("outside_final", pa.float64()),
+            # Share of all weights, as they are trained (fp32 masters where there are some), that
+            # differ from the base bitwise after both are cast to the view; at snapshots, with
+            # `probe.casts`.
+            *((f"changed_fraction_{view}", pa.float64()) for view in VIEWS if view != "stored"),
+            # Of the weights that are trained, at multiples of `probe.update_interval`: share whose
+            # gradient is not zero; share that the optimizer moved by less than half a bf16 ULP of
+            # the weight before the step; and how well "by at least half a ULP" tells which weights
+            # this step changed in bf16, bitwise: the share of those told that changed, and the
+            # share of those changed that were told (null where there are none).
+            ("gradient_nonzero_fraction", pa.float64()),
+            ("update_below_half_ulp", pa.float64()),
+            ("half_ulp_precision", pa.float64()),
+            ("half_ulp_recall", pa.float64()),
         ]
     ),
     # What a trial scored, one row per evaluation; step 0 is before training.

@@ -6,8 +6,7 @@ nowhere.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from rlsparse import distributed, masks
 from rlsparse.masks import Packed
+from rlsparse.prices import Prices
 from rlsparse.tensor_file import Bits
 from rlsparse.trajectory import OnMask, StepChanges, Trajectory
 
@@ -43,8 +43,7 @@ def own_rows(weight: torch.Tensor) -> torch.Tensor:
     """What this worker holds of a weight tensor, flat."""
     assert isinstance(weight, DTensor)
     assert weight.placements == (Shard(0),)
-    rows: torch.Tensor = cast(DTensor, weight.detach()).to_local()
-    return rows.reshape(-1)
+    return distributed.own_part(weight).reshape(-1)
 
 
 def start_of(shape: Sequence[int]) -> int:
@@ -75,6 +74,7 @@ class ShardedTrajectory(Trajectory):
         model: at its base weights, in parts.
         dtype: the stored format.
         windows: see ``Trajectory``.
+        prices: likewise.
         base: reads the base.
     """
 
@@ -83,11 +83,13 @@ class ShardedTrajectory(Trajectory):
         model: torch.nn.Module,
         dtype: torch.dtype,
         windows: Sequence[int],
+        prices: Prices,
+        *,
         base: BasePart,
     ) -> None:
         self._base = base
         split(model)
-        super().__init__(model, dtype, windows)
+        super().__init__(model, dtype, windows, prices)
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         split(self._model)
@@ -106,9 +108,14 @@ class ShardedTrajectory(Trajectory):
                     whole[first : first + size][masks.unpack(mask, size)] = values
                 yield name, shape, whole
 
-    def is_finite(self) -> bool:
-        """See ``Trajectory``; all workers say the same."""
-        return distributed.total_counts([not super().is_finite()]) == [0]
+    def trained(self) -> Iterator[tuple[str, int, Bits]]:
+        """See ``Trajectory``; here each worker gets its own rows."""
+        for name, _, bits in super().trained():
+            yield name, start_of(self.shapes[name]), bits
+
+    def totals(self, counts: Iterable[int]) -> list[int]:
+        """See ``Trajectory``; to be called by all workers, and all get them."""
+        return distributed.total_counts(counts)
 
     def advance(self, step: int, on_mask: OnMask | None = None) -> StepChanges:
         """See ``Trajectory`` and the class; all workers get the counts of whole tensors."""
@@ -119,8 +126,10 @@ class ShardedTrajectory(Trajectory):
                 on_mask(name, whole)
 
         own = super().advance(step, join if on_mask else None)
-        *changed, ever = distributed.total_counts([*own.num_changed.values(), own.num_ever_changed])
-        return StepChanges(dict(zip(own.num_changed, changed, strict=True)), ever)
+        *changed, ever, num_infinite = self.totals(
+            [*own.num_changed.values(), own.num_ever_changed, not own.is_finite]
+        )
+        return StepChanges(dict(zip(own.num_changed, changed, strict=True)), ever, not num_infinite)
 
     def ever_changed(self) -> Iterator[tuple[str, Packed]]:
         """See ``Trajectory`` and the class."""

@@ -141,6 +141,7 @@ def train_trial(
         "kl_final": probe.distances[last],
         "patch_bytes": probe.patch_bytes,
         **split,
+        **probe.prices.columns(),
         **clock(),
         "peak_bytes": _peak_bytes(),
     }

@@ -5,7 +5,8 @@ counts, and packed masks that are asked for, come to the host.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +15,14 @@ import torch
 
 from rlsparse.kernels.compare import compare
 from rlsparse.masks import Packed, num_bytes
+from rlsparse.prices import Prices
 
 OnMask = Callable[[str, Packed], None]
 """Called with the name of a weight and the packed mask of what the step changed in it."""
 
 _INTEGERS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 _UNSIGNED = {torch.int16: np.uint16, torch.int32: np.uint32}
+_INFINITY = {torch.int16: 0x7F80, torch.int32: 0x7F80_0000}
 _CPU_PIECE = 2**18
 """Weights of a piece: small enough that what is cast is compared while it is in the cache."""
 _GPU_PIECE = 2**24
@@ -34,10 +37,12 @@ class StepChanges:
         num_changed: k -> weights that differ from those k steps before, for 1 and each k of the
             windows of which one ends with this step.
         num_ever_changed: weights that differed from the base after this step or any before it.
+        is_finite: whether all weights, as they are stored, are.
     """
 
     num_changed: dict[int, int]
     num_ever_changed: int
+    is_finite: bool
 
 
 class Trajectory:
@@ -55,14 +60,20 @@ class Trajectory:
         dtype: the stored format: bfloat16 or float32.
         windows: further lengths k in steps, above 1. Sparsity over windows is S_k of arXiv
             2602.03839, section 3, there over every pair of steps k apart.
+        prices: where the time that windows take is kept, apart from the rest.
     """
 
     def __init__(
-        self, model: torch.nn.Module, dtype: torch.dtype, windows: Sequence[int] = ()
+        self,
+        model: torch.nn.Module,
+        dtype: torch.dtype,
+        windows: Sequence[int] = (),
+        prices: Prices | None = None,
     ) -> None:
         self._model = model
         self._dtype = dtype
         self.shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+        self._prices = prices or Prices()
         self._copies = {
             k: {name: _bits(weight, dtype).clone() for name, weight in self._weights()}
             for k in (1, *windows)
@@ -83,10 +94,17 @@ class Trajectory:
         for name, weight in self._weights():
             yield name, self.shapes[name], _unsigned(_bits(weight, self._dtype).cpu())
 
-    def is_finite(self) -> bool:
-        """Whether no weight is infinite or NaN."""
-        extremes = [x for _, w in self._weights() if w.numel() for x in torch.aminmax(w)]
-        return not extremes or bool(torch.isfinite(torch.stack(extremes)).all())
+    def trained(self) -> Iterator[tuple[str, int, np.ndarray]]:
+        """Each weight in the format that is trained, one at a time: its flat unsigned bits.
+
+        Before them its name, and the flat index of the first of them.
+        """
+        for name, weight in self._weights():
+            yield name, 0, _unsigned(_bits(weight, weight.dtype).cpu())
+
+    def before(self, name: str) -> torch.Tensor:
+        """A weight after the last step taken, flat, in the stored format and on its device."""
+        return self._copies[1][name].view(self._dtype)
 
     def advance(self, step: int, on_mask: OnMask | None = None) -> StepChanges:
         """Take the weights after a step; to be called after every one, in order from 1.
@@ -98,21 +116,28 @@ class Trajectory:
         ending = [k for k in self._copies if step % k == 0]
         changed: dict[int, int | torch.Tensor] = dict.fromkeys(ending, 0)
         ever: int | torch.Tensor = 0
+        finite: bool | torch.Tensor = True
         for name, weight in self._weights():
             words = {k: torch.empty_like(self._ever[name]) for k in ending}
             size = _CPU_PIECE if weight.device.type == "cpu" else _GPU_PIECE
             for start in range(0, weight.numel(), size):
                 bits = _bits(weight[start : start + size], self._dtype)
+                finite = finite & all_finite(bits)
                 for k in ending:
-                    before = self._copies[k][name][start : start + size]
-                    part = words[k][start // 64 : -(-(start + bits.numel()) // 64)]
-                    changed[k] = changed[k] + compare_bits(before, bits, part)
-                    before.copy_(bits)
+                    with self._prices.of("windows") if k > 1 else nullcontext():
+                        before = self._copies[k][name][start : start + size]
+                        part = words[k][start // 64 : -(-(start + bits.numel()) // 64)]
+                        changed[k] = changed[k] + compare_bits(before, bits, part)
+                        before.copy_(bits)
             self._ever[name] |= words[1]
             ever = ever + count_bits(self._ever[name])
             if on_mask:
                 on_mask(name, _packed(words[1], weight.numel()))
-        return StepChanges({k: int(count) for k, count in changed.items()}, int(ever))
+        return StepChanges({k: int(n) for k, n in changed.items()}, int(ever), bool(finite))
+
+    def totals(self, counts: Iterable[int]) -> list[int]:
+        """Counts over the weights that this trajectory looks at -> those over all of the model."""
+        return list(counts)
 
     def state_dict(self) -> dict[str, Any]:
         """What is remembered between steps, but for the weights as they are now."""
@@ -122,7 +147,7 @@ class Trajectory:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what ``state_dict`` gave, the model being at the weights of then."""
         for name, weight in self._weights():
-            self._copies[1][name].copy_(bits_of(weight, self._dtype))
+            self._copies[1][name].copy_(_bits(weight, self._dtype))
             self._ever[name].copy_(state["ever"][name])
             for k, copies in state["windows"].items():
                 self._copies[k][name].copy_(copies[name])
@@ -175,6 +200,22 @@ def count_bits_on_device(words: torch.Tensor) -> torch.Tensor:
     fields = (fields & 0x3333333333333333) + ((fields >> 2) & 0x3333333333333333)
     fields = (fields + (fields >> 4)) & 0x0F0F0F0F0F0F0F0F
     return fields.view(torch.uint8).sum(dtype=torch.int64)
+
+
+def all_finite(bits: torch.Tensor) -> bool | torch.Tensor:
+    """Whether no weight of a piece is a NaN or an infinity; on a GPU as a tensor.
+
+    Args:
+        bits: integers, shape [n], n > 0, of bfloat16 or float32 weights.
+    """
+    if bits.device.type == "cpu":
+        return bool((_unsigned(bits) << 1).max() < 2 * _INFINITY[bits.dtype])  # without the sign
+    return all_finite_on_device(bits)
+
+
+def all_finite_on_device(bits: torch.Tensor) -> torch.Tensor:
+    """``all_finite`` in torch alone."""
+    return (bits & torch.iinfo(bits.dtype).max).max() < _INFINITY[bits.dtype]
 
 
 def _bits(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

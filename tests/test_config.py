@@ -51,6 +51,8 @@ def test_configuration_is_frozen_and_strict():
           "gradient_accumulation_steps": 2}}, "9 is not a multiple"),
         ({"algorithm": {"name": "sft"}, "train": {"num_steps": 3}, "probe": {"snapshots": [2, 4]}},
          r"\[4\] lie beyond train.num_steps 3"),
+        ({"algorithm": {"name": "sft"}, "train": {"num_steps": 3}, "probe": {"update_interval": 4}},
+         "update_interval 4 lies beyond train.num_steps 3"),
         ({"algorithm": {"name": "trpo"}}, "'grpo', 'rloo', 'ppo', 'prime'"),
         ({"algorithm": {"name": "ppo"}, "train": {"batch_size": 12}}, "= 12 must be a multiple of"),
         ({"algorithm": {"name": "ppo"}, "task": {"num_train_problems": 63}},

@@ -22,7 +22,10 @@ from rlsparse.tables import EVER_CHANGED, snapshot_folder, step_mask_file
 TOLERANCE = 1e-4
 NUM_STEPS = 4
 TRAIN = {"num_steps": NUM_STEPS, "batch_size": 16, "learning_rate": 1e-4, "precision": "fp32"}
-PROBE = {"snapshots": [2], "k_steps": [2], "step_masks": True, "score_snapshots": False}
+PROBE = {
+    "snapshots": [2], "k_steps": [2], "step_masks": True, "score_snapshots": False, "casts": True,
+    "update_interval": 1,
+}  # fmt: skip
 WITHOUT_REFERENCE = {"kl_coef": 0.0}
 
 

@@ -78,6 +78,7 @@ OTHER: dict[str, object] = {
     "trainable_layers": [1], "data_seed": 0,
     # probe
     "snapshots": [3], "score_snapshots": False, "k_steps": [2], "step_masks": True,
+    "casts": True, "update_interval": 2,
     # tasks
     "num_shots": 1, "num_train_problems": 700, "num_eval_problems": 300,
     "max_completion_tokens": 7, "prompt_format": "chat", "num_terms": 4, "num_digits": 3,

@@ -197,3 +197,11 @@ def test_a_weight_that_is_not_finite_ends_the_trial(bench, value):
     with pytest.raises(TrialError, match=r"not finite after step 2; lower train.learning_rate"):
         bench.step(2)
     assert not list(bench.folder.iterdir())
+
+
+def test_masters_that_what_is_stored_cannot_hold_end_the_trial(tiny_trial, tmp_path):
+    """The greatest float is finite; rounded to bf16 it is not."""
+    bench = Bench(tiny_trial(precision="bf16-mixed"), tmp_path)
+    bench.set("head.bias", 1, torch.finfo(torch.float32).max)
+    with pytest.raises(TrialError, match=r"not finite after step 1; lower train.learning_rate"):
+        bench.step(1)

@@ -52,6 +52,17 @@ def test_the_first_worker_gets_whole_masks_and_weights_and_the_others_nothing(se
         assert np.array_equal(bits, states[-1][number].reshape(-1))
 
 
+def test_each_worker_gets_its_own_rows_as_they_are_trained(seen, states):
+    for number, state in enumerate(states[-1]):
+        whole = np.zeros(state.size, np.uint32)
+        for one in seen:
+            name, start, bits = one["trained"][number]
+            assert name == f"weights.{number}"
+            whole[start : start + bits.size] = bits
+        assert np.array_equal(whole, state.reshape(-1))
+    assert all(one["totals"] == [0 + 1 + 2, 3] for one in seen)
+
+
 def test_a_sample_of_the_weights_is_that_of_whole_ones(seen):
     whole = torch.cat([w.reshape(-1)[::4].abs() for w in Odd().at(NUM_STEPS)])
     assert torch.equal(seen[0]["spaced"].sort().values, whole.sort().values)

@@ -1,5 +1,6 @@
 """What a real trial notes of every step, against full copies of all weights at every step."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Base, Trained
+from memory import Largest, held_bytes
 from transformers import TrainerCallback
 
 from rlsparse import masks, tables, trajectory
@@ -15,6 +17,8 @@ from rlsparse.config import STORED_DTYPE, TrialConfig
 from rlsparse.patch import PATCH_FILE, TensorPair, write_patch
 from rlsparse.tables import EVER_CHANGED, snapshot_folder, step_mask_file
 from rlsparse.trajectory import (
+    all_finite,
+    all_finite_on_device,
     compare_bits,
     compare_on_device,
     count_bits,
@@ -197,8 +201,14 @@ def test_some_weights_came_back(watch, tiny_trial, base):
     assert all(row["outside_final"] is None for row in found.rows)
 
 
-def test_pieces_of_a_tensor_add_up(monkeypatch):
+@pytest.mark.parametrize("code", ["of the CPU", "torch alone"])
+def test_pieces_of_a_tensor_add_up(monkeypatch, code):
+    """In the code for GPUs, too, run on the CPU."""
     monkeypatch.setattr(trajectory, "_CPU_PIECE", 128)
+    if code == "torch alone":
+        monkeypatch.setattr(trajectory, "compare_bits", compare_on_device)
+        monkeypatch.setattr(trajectory, "count_bits", count_bits_on_device)
+        monkeypatch.setattr(trajectory, "all_finite", all_finite_on_device)
     model = torch.nn.Linear(101, 7)
     followed = trajectory.Trajectory(model, torch.float32, [2])
     before = model.weight.detach().numpy().ravel().copy()
@@ -222,6 +232,11 @@ def test_pieces_of_a_tensor_add_up(monkeypatch):
     assert changes.num_ever_changed == np.count_nonzero(ever)
     assert np.array_equal(masks.unpack(dict(followed.ever_changed())["weight"], ever.size), ever)
     assert followed.num_elements == before.size + 7
+    assert changes.is_finite is True
+    now[-1] = math.inf
+    with torch.no_grad():
+        model.weight.copy_(torch.from_numpy(now).view_as(model.weight))
+    assert followed.advance(3).is_finite is False
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 63, 64, 65, 1000])
@@ -245,3 +260,41 @@ def test_bits_are_counted_alike_everywhere():
     words[0], words[1] = -1, 0
     expected = sum((int(word) % 2**64).bit_count() for word in words)
     assert int(count_bits(words)) == int(count_bits_on_device(words)) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "codes"),
+    [
+        (torch.bfloat16, torch.arange(-(2**15), 2**15)),
+        (torch.float32, torch.arange(-(2**31), 2**31, 65537 * 101)),
+    ],
+)
+def test_what_is_finite_everywhere(kind, codes):
+    """Of bf16 every code, of fp32 some of all kinds, each beside a finite weight."""
+    integers = {torch.bfloat16: torch.int16, torch.float32: torch.int32}[kind]
+    codes = codes.to(integers)
+    expected = torch.isfinite(codes.view(kind))
+    assert 0 < expected.sum() < expected.numel()
+    for code, is_finite in list(zip(codes, expected.tolist(), strict=True))[::7]:
+        bits = torch.stack([torch.zeros_like(code), code])
+        assert all_finite(bits) == bool(all_finite_on_device(bits)) == is_finite
+    assert all_finite(codes[expected])
+    assert bool(all_finite_on_device(codes[expected]))
+
+
+@pytest.mark.parametrize("windows", [(), (2, 8)])
+def test_memory_is_a_copy_and_a_bit_per_weight(monkeypatch, windows):
+    """In the stored format, of fp32 masters; beyond it a piece, and the bits of a tensor."""
+    monkeypatch.setattr(trajectory, "_CPU_PIECE", 1024)
+    model = torch.nn.Linear(300, 200)
+    followed = trajectory.Trajectory(model, torch.bfloat16, windows)
+    size = 300 * 200 + 200
+    copies = 2 * size * (1 + len(windows))
+    assert copies + size / 8 <= held_bytes(followed) <= copies + size / 8 + 16
+    for step in (1, 2):
+        with torch.no_grad():
+            model.weight += 1
+        with Largest() as largest:
+            followed.advance(step)
+        assert 0 < largest.num_bytes <= max(4 * 1024, size / 8 + 8)
+    assert held_bytes(followed) <= copies + size / 8 + 16

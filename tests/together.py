@@ -189,13 +189,18 @@ def observe(rank: int, num_steps: int, out: Path) -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import distribute_tensor
 
+    from rlsparse.prices import Prices
     from rlsparse.sharded import ShardedTrajectory, spaced
 
     model, before = Odd(), [weight.detach().numpy().copy() for weight in Odd().weights]
     named = {f"weights.{i}": values.reshape(-1) for i, values in enumerate(before)}
     fully_shard(model)
     trajectory = ShardedTrajectory(
-        model, torch.float32, (2,), lambda name, a, b: named[name][a:b].copy().view("uint32")
+        model,
+        torch.float32,
+        (2,),
+        Prices(),
+        base=lambda name, a, b: named[name][a:b].copy().view("uint32"),
     )
     changes, masks_of = [], []
     for step in range(1, num_steps + 1):
@@ -212,9 +217,11 @@ def observe(rank: int, num_steps: int, out: Path) -> None:
         "ever": dict(trajectory.ever_changed()),
         "stored": {name: (shape, bits) for name, shape, bits in trajectory.stored()},
         "spaced": spaced(model, 4),
-        "finite": [trajectory.is_finite()],
+        "trained": list(trajectory.trained()),
+        "totals": trajectory.totals([rank, 1]),
+        "finite": [changes[-1].is_finite],
     }
     if rank == 2:
         next(iter(model.parameters())).detach().to_local().fill_(float("nan"))
-    kept["finite"].append(trajectory.is_finite())
+    kept["finite"].append(trajectory.advance(num_steps + 1).is_finite)
     torch.save(kept, out / f"{rank}.pt")

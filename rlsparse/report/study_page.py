@@ -16,7 +16,7 @@ from rlsparse.definitions import DEFINITIONS, NULLS
 from rlsparse.effects import BOOTSTRAP, UNPAIRED
 from rlsparse.effects.responses import FAILED
 from rlsparse.identity import canonical_json
-from rlsparse.report import charts, formats, heat_maps, strips, svg
+from rlsparse.report import charts, formats, heat_maps, probe_rows, strips, svg
 from rlsparse.report.curve_rows import curve_rows, magnitude_rows, rank_rows, window_rows
 from rlsparse.report.overlap_rows import (
     RANDOM,
@@ -102,6 +102,12 @@ def build_report(
             "definitions": DEFINITIONS,
             "nulls": NULLS,
             "explained": _of_runs(content["relations"]),
+            "probe_heads": {
+                "split": probe_rows.SPLIT,
+                "casts": probe_rows.CASTS,
+                "gate": probe_rows.GATE,
+                "prices": probe_rows.PRICES,
+            },
         },
     )
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -166,6 +172,10 @@ def _content(
         "drawn": groups,
         "curves": curve_rows(drawn, outside_rows(study, tables, drawn), tables),
         "windows": window_rows(drawn, tables),
+        "split": probe_rows.split_rows(trials, tables),
+        "casts": probe_rows.cast_rows(trials, tables),
+        "gate": probe_rows.gate_rows(trials, tables),
+        "prices": probe_rows.price_rows(tables),
         "magnitudes": magnitude_rows(study, tables, drawn),
         "density": density_map(study, tables, trials),
         "ranks": rank_rows(study, tables, trials),

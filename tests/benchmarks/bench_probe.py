@@ -4,7 +4,11 @@ Run with ``make bench``. Of the quickstart's baseline (``ablations/quickstart.ya
 the part that trains is timed: with the probe it also writes the snapshots as patches, measures the
 sparsity of every step and keeps the mask of all that ever changed, and writes that at its end.
 Scores and divergences, which cost what their problems cost, are taken in neither. ``--probe`` adds
-what else is to be priced. Prints the median of the ratios of the pairs, and their range.
+what else is to be priced. Prints the median of the ratios of the pairs, and their range, and what
+the probe says that its parts took. Another base, here of 135M weights, in few steps:
+
+    python tests/benchmarks/bench_probe.py --model smollm2-135m --pairs 3 --algorithms sft grpo \\
+        --train '{"num_steps": 4, "batch_size": 8}' --probe '{"snapshots": [2]}'
 """
 
 import argparse
@@ -30,21 +34,20 @@ from rlsparse.train import _load, _make_deterministic
 QUICKSTART = Path(__file__).parents[2] / "ablations" / "quickstart.yaml"
 
 
-def configuration(name: str, train: dict[str, Any], probe: dict[str, Any]) -> TrialConfig:
-    """The quickstart's baseline with this algorithm."""
+def configuration(name: str, **fields: dict[str, Any]) -> TrialConfig:
+    """The quickstart's baseline with this algorithm, and these fields of its parts."""
     baseline = load_study(QUICKSTART, []).baseline.model_dump(mode="json")
     return TrialConfig.model_validate(
         {
             **baseline,
             "algorithm": {"name": name},
-            "train": {**baseline["train"], **train},
-            "probe": {**baseline["probe"], **probe},
+            **{part: {**baseline[part], **own} for part, own in fields.items()},
         }
     )
 
 
-def cpu_seconds(config: TrialConfig, *, probe_with: str | None) -> float:
-    """CPU seconds of training, with a probe if the base's fingerprint is given.
+def cpu_seconds(config: TrialConfig, *, probe_with: str | None) -> tuple[float, dict[str, float]]:
+    """CPU seconds of training, with a probe if the base's fingerprint is given, and of its parts.
 
     Loading the model and building the trainer are paid before.
     """
@@ -59,7 +62,7 @@ def cpu_seconds(config: TrialConfig, *, probe_with: str | None) -> float:
         started = time.process_time()
         if probe_with is None:
             trainer.train()
-            return time.process_time() - started
+            return time.process_time() - started, {}
         probe = Probe(
             config,
             context.model,
@@ -74,7 +77,7 @@ def cpu_seconds(config: TrialConfig, *, probe_with: str | None) -> float:
         trainer.add_callback(probe)
         trainer.train()
         probe.finish()
-        return time.process_time() - started
+        return time.process_time() - started, probe.prices.cpu_s
 
 
 def main() -> None:
@@ -82,21 +85,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--algorithms", nargs="+", default=["grpo", "dpo", "sft"])
-    parser.add_argument("--train", type=json.loads, default={}, help="fields of train, as JSON")
-    parser.add_argument("--probe", type=json.loads, default={}, help="fields of probe, as JSON")
+    parser.add_argument("--model", default="tiny", help="model.source: a name, folder or hub id")
+    for part in ("task", "train", "probe"):
+        parser.add_argument(f"--{part}", type=json.loads, default={}, help="its fields, as JSON")
     options = parser.parse_args()
     for name in options.algorithms:
-        config = configuration(name, options.train, options.probe)
+        config = configuration(
+            name,
+            model={"source": options.model},
+            task=options.task,
+            train=options.train,
+            probe=options.probe,
+        )
         base_fingerprint = fingerprint(Checkpoint.open(resolve(config.model)))
-        with_probe, without = list[float](), list[float]()
+        with_probe, without, parts = list[float](), list[float](), dict[str, float]()
         for _ in range(options.pairs + 1):  # the first pair warms caches up
-            with_probe.append(cpu_seconds(config, probe_with=base_fingerprint))
-            without.append(cpu_seconds(config, probe_with=None))
+            measured, parts = cpu_seconds(config, probe_with=base_fingerprint)
+            with_probe.append(measured)
+            without.append(cpu_seconds(config, probe_with=None)[0])
         ratios = [a / b for a, b in zip(with_probe[1:], without[1:], strict=True)]
         print(
             f"{name:5}  with {statistics.median(with_probe[1:]):6.2f} s  "
             f"without {statistics.median(without[1:]):6.2f} s  "
-            f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} .. {max(ratios):.3f})",
+            f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} .. {max(ratios):.3f})  "
+            + ", ".join(f"{part} {seconds:.3f} s" for part, seconds in parts.items()),
             flush=True,
         )
 
