@@ -47,6 +47,7 @@ def spec(plan: Plan, number: int, **changes: Any) -> dict[str, Any]:
         "base_identity": plan.base(trial).identity,
         "data_version": trial.data_version,
         "num_threads": 1,
+        "save_interval_s": 600.0,
     } | changes
 
 
