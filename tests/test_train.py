@@ -15,7 +15,7 @@ from rlsparse import masks, tables
 from rlsparse.algorithms import ALGORITHMS
 from rlsparse.checkpoint import Checkpoint, fingerprint
 from rlsparse.config import STORED_DTYPE
-from rlsparse.definitions import STEP_WINDOWS
+from rlsparse.definitions import STEP_WINDOWS, VIEWS
 from rlsparse.deltas import base_rows, measure_patch
 from rlsparse.diff import diff_checkpoints
 from rlsparse.errors import PatchError, TrialError
@@ -298,7 +298,12 @@ def test_steps_table(watched):
     }  # fmt: skip
     for row in rows[1:]:
         present = {key for key, value in row.items() if value is not None}
-        asked = {"outside_final", *(f"update_sparsity_k{k}" for k in STEP_WINDOWS[1:])}
+        asked = {
+            "outside_final", "gradient_nonzero_fraction", "update_below_half_ulp",
+            "half_ulp_precision", "half_ulp_recall",
+            *(f"update_sparsity_k{k}" for k in STEP_WINDOWS[1:]),
+            *(f"changed_fraction_{view}" for view in VIEWS[1:]),
+        }  # fmt: skip
         assert present == set(table.column_names) - {"data_nll", *asked}
         assert row["learning_rate"] == 3e-4
         assert row["clipped_fraction"] == (row["grad_norm"] > 1.0)
