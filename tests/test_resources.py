@@ -27,7 +27,8 @@ def test_an_older_name_of_the_gpus_is_understood():
     ("given", "said"),
     [
         ({"strategy": "fsdp"}, "num_workers is 1; raise it"),
-        ({"num_workers": 2, "gpus_per_worker": 0.5}, "cannot share a GPU"),
+        ({"num_workers": 2, "gpus_per_worker": 0.5}, "uses one GPU of its own"),
+        ({"num_workers": 2, "gpus_per_worker": 2}, "give 1 or 0"),
         ({"num_workers": 0}, "greater than or equal to 1"),
         ({"num_workers": 2, "strategy": "zero"}, "'ddp' or 'fsdp'"),
     ],
