@@ -43,6 +43,8 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("score_base", pa.float64()),
             ("score_before", pa.float64()),
             ("score_after", pa.float64()),
+            # Paired standard error of score_after - score_before, over the problems.
+            ("score_gain_se", pa.float64()),
             ("num_eval_problems", pa.int64()),
             ("gate_ratio", pa.float64()),  # 256 * learning_rate / median |w|
             ("num_clipped_steps", pa.int64()),
@@ -118,6 +120,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("num_correct", pa.float64()),
             ("num_problems", pa.int64()),
             ("score", pa.float64()),
+            ("gain_se", pa.float64()),  # paired standard error of score - that of step 0
         ]
     ),
     "base_tensors": _schema(

@@ -135,6 +135,7 @@ def train_trial(
         "score_base": (score_base or probe.scores[0]).fraction,
         "score_before": probe.scores[0].fraction,
         "score_after": probe.scores[last].fraction,
+        "score_gain_se": probe.scores[last].gain_se(probe.scores[0]),
         "num_eval_problems": config.task.num_eval_problems,
         "gate_ratio": 256 * config.train.learning_rate / median,
         "num_clipped_steps": int(sum(clipped)),
@@ -285,6 +286,7 @@ def _write_tables(probe: Probe, trial_id: str, out_dir: Path) -> None:
             "num_correct": score.num_correct,
             "num_problems": score.num_problems,
             "score": score.fraction,
+            "gain_se": score.gain_se(probe.scores[0]) if step else None,
         }
         for step, score in sorted(probe.scores.items())
     ]

@@ -50,6 +50,7 @@ def trial(algorithm, seed, control=None, **changes):
         "score_base": 0.41,
         "score_before": 0.412,
         "score_after": 0.55 + 0.01 * seed,
+        "score_gain_se": 0.021,
         "gate_ratio": rate * 17000,
         "label": label,
         "config": json.dumps({"model": {"source": "tiny"}}),

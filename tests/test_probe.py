@@ -57,7 +57,7 @@ class Bench:
 
     def score(self) -> Score:
         self.num_scored += 1
-        return Score(num_correct=self.num_scored, num_problems=10)
+        return Score((1.0,) * self.num_scored + (0.0,) * (10 - self.num_scored))
 
     def step(self, number: int, **logs: float) -> None:
         state = SimpleNamespace(global_step=number)

@@ -22,7 +22,7 @@ from rlsparse.errors import PatchError, TrialError
 from rlsparse.models.loading import load_model, load_tokenizer
 from rlsparse.patch import Patch, TensorPair, apply_patch, verify_patch, write_patch
 from rlsparse.tasks import load_task
-from rlsparse.tasks.generate import evaluate, kl_divergence
+from rlsparse.tasks.generate import Score, complete, kl_divergence
 from rlsparse.train import environment
 
 TORCH_FORMATS = {"bf16": (torch.bfloat16, torch.int16), "fp32": (torch.float32, torch.int32)}
@@ -321,6 +321,13 @@ def test_scores_only_at_snapshots(trained, tiny_trial, base):
     assert [row["step"] for row in rows if row["score"] is not None] == [0, 4]
 
 
+def test_the_error_of_a_gain_is_that_of_paired_grades():
+    before, after = Score((0.0, 0.0, 1.0, 1.0)), Score((1.0, 1.0, 1.0, 0.0))
+    assert after.gain_se(before) == pytest.approx((11 / 12) ** 0.5 / 2, rel=1e-12)
+    assert after.gain_se(after) == 0
+    assert Score((1.0,)).gain_se(Score((0.0,))) is None
+
+
 @pytest.mark.parametrize("precision", list(STORED_DTYPE))
 def test_summary(trained, tiny_trial, base, precision):
     trial = trained(tiny_trial("grpo", precision=precision, keep_checkpoints=True), base)
@@ -330,13 +337,23 @@ def test_summary(trained, tiny_trial, base, precision):
     tokenizer = load_tokenizer(base.path)
     stored = "fp32" if precision == "fp32" else "bf16"
 
-    def score(folder: Path) -> float:
-        return evaluate(load_model(folder, stored), tokenizer, task, problems).fraction
+    def grades(folder: Path) -> np.ndarray:
+        texts = complete(
+            load_model(folder, stored), tokenizer, [p.prompt for p in problems],
+            max_new_tokens=task.max_completion_tokens,
+        )  # fmt: skip
+        return np.array([task.grade(t, p.answer) for t, p in zip(texts, problems, strict=True)])
 
-    assert summary["score_base"] == score(base.path)
+    before = grades(base.path)
+    assert summary["score_base"] == before.mean()
     if precision != "bf16-mixed":  # there autocast differs from bf16 weights
-        assert summary["score_before"] == score(base.path)
-        assert summary["score_after"] == score(trial.folder / "checkpoint")
+        assert summary["score_before"] == before.mean()
+        after = grades(trial.folder / "checkpoint")
+        assert summary["score_after"] == after.mean()
+        error = np.std(after - before, ddof=1) / np.sqrt(16)
+        assert summary["score_gain_se"] == pytest.approx(error, rel=1e-12)
+    scored = tables.read(trial.folder / "eval.parquet", "eval").to_pylist()
+    assert [row["gain_se"] for row in scored] == [None, summary["score_gain_se"]]
     weights = safetensors.torch.load_file(base.path / "model.safetensors").values()
     median = np.median(np.abs(np.concatenate([w.float().numpy().ravel() for w in weights])))
     assert summary["gate_ratio"] == pytest.approx(256 * 1e-4 / median, rel=1e-3)

@@ -28,7 +28,7 @@ CHANGED = tuple(f"num_changed_{name}" for name in DEFINITIONS)
 _KEPT = (
     "trial_id", "status", "error", "algorithm", "seed", "replicate", "role", "control",
     "precision", "learning_rate", "num_steps", "score_base", "score_before", "score_after",
-    "gate_ratio", "kl_final", "patch_bytes", "wall_s", "host", "identical",
+    "score_gain_se", "gate_ratio", "kl_final", "patch_bytes", "wall_s", "host", "identical",
 )  # fmt: skip
 
 

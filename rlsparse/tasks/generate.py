@@ -1,5 +1,7 @@
 """Sampling from a causal LM, its held-out score (greedy, graded by the task), its distance."""
 
+import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +15,32 @@ from rlsparse.tasks.problem import Problem, Task
 class Score:
     """Outcome of an evaluation; ``fraction`` is the score in [0, 1]."""
 
-    num_correct: float
-    num_problems: int
+    grades: tuple[float, ...]
+    """Of each problem, in [0, 1]."""
+
+    @property
+    def num_correct(self) -> float:
+        """Sum of the grades."""
+        return sum(self.grades)
+
+    @property
+    def num_problems(self) -> int:
+        """Problems that were graded."""
+        return len(self.grades)
 
     @property
     def fraction(self) -> float:
         """Mean grade."""
         return self.num_correct / self.num_problems
+
+    def gain_se(self, before: "Score") -> float | None:
+        """Paired standard error of the gain in score since ``before``, on the same problems.
+
+        That of the mean of the problems' gains, over other problems of the kind; None of one alone.
+        It says nothing about other seeds.
+        """
+        gains = [now - then for now, then in zip(self.grades, before.grades, strict=True)]
+        return None if len(gains) < 2 else statistics.stdev(gains) / math.sqrt(len(gains))
 
 
 @torch.no_grad()
@@ -139,5 +160,5 @@ def evaluate(model: Any, tokenizer: Any, task: Task, problems: Sequence[Problem]
         [problem.prompt for problem in problems],
         max_new_tokens=task.max_completion_tokens,
     )
-    grades = [task.grade(t, p.answer) for t, p in zip(texts, problems, strict=True)]
-    return Score(num_correct=sum(grades), num_problems=len(problems))
+    grades = (task.grade(t, p.answer) for t, p in zip(texts, problems, strict=True))
+    return Score(tuple(grades))

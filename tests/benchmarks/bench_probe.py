@@ -70,7 +70,7 @@ def cpu_seconds(config: TrialConfig, *, probe_with: str | None) -> tuple[float, 
             base=Checkpoint.open(base_dir),
             base_fingerprint=probe_with,
             out_dir=folder,
-            score=lambda: Score(num_correct=0, num_problems=1),
+            score=lambda: Score((0.0,)),
             distance=lambda: 0.0,
             on_progress=lambda row: None,
         )
