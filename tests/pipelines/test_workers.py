@@ -104,19 +104,32 @@ def test_a_trial_whose_worker_is_killed_runs_again_to_the_same_end(
     assert final_patch(again).path.read_bytes() == final_patch(first).path.read_bytes()
 
 
+REWARD = """
+import os
+
+def reward(prompts, completions, answers):
+    if os.environ["RANK"] == "1":
+        raise ValueError("no reward here")
+    return [float(text == answer) for text, answer in zip(completions, answers)]
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_our_own_error_in_a_worker_fails_the_trial_at_once_in_its_own_words(
-    command: Command,
+def test_our_own_error_in_one_worker_fails_the_trial_at_once_in_its_own_words(
+    command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # At this temperature the samples of a prompt are all alike: no pair of right and wrong.
-    dpo = "{name: dpo, temperature: 1.0e-4, num_samples_per_prompt: 2}"
-    text = STUDY.replace("{name: sft}", dpo).replace(", strategy: fsdp", "")
-    run = run_study(command, text)
+    """The other one waits for it meanwhile, in the middle of a step."""
+    monkeypatch.syspath_prepend(command.cwd)  # for the plan that is made here
+    (command.cwd / "lone_reward.py").write_text(REWARD)
+    grpo = '{name: grpo, reward: "lone_reward:reward"}'
+    text = STUDY.replace("{name: sft}", grpo).replace(", strategy: fsdp", "")
+    run = run_study(command, text.replace("batch_size: 8", "batch_size: 16"))
     assert run.result.returncode == 1
     entry = run.plan.ledger.get(run.plan.trials[0].trial_id)
     assert (entry.status, entry.attempts) == ("failed", 1)
     assert entry.error is not None
-    assert entry.error.startswith("TrialError: dpo found no pair")
+    assert entry.error.startswith("TrialError: reward function lone_reward:reward")
+    assert "no reward here" in entry.error
     (row,) = tables.read(run.folder / "tables" / "trials.parquet", "trials").to_pylist()
     assert row["error"] == entry.error
