@@ -37,10 +37,11 @@ class Resources(Config):
                 "strategy fsdp splits the weights over workers and num_workers is 1; raise it, or "
                 "leave strategy out"
             )
-        if self.num_workers > 1 and self.gpus_per_worker not in (0, 1):
+        shared = self.num_workers == 1 and self.gpus_per_worker < 1  # by several trials
+        if not shared and self.gpus_per_worker not in (0, 1):
             raise ValueError(
-                f"gpus_per_worker is {self.gpus_per_worker:g}, but each of several workers uses "
-                f"one GPU of its own, or none; give 1 or 0 (num_workers is {self.num_workers})"
+                f"gpus_per_worker is {self.gpus_per_worker:g}, but a worker trains on one GPU, and "
+                "several workers have one each, or none; give 1 or 0, and num_workers for more GPUs"
             )
         return self
 

@@ -19,7 +19,7 @@ def test_an_older_name_of_the_gpus_is_understood():
     assert Resources.model_validate({"num_gpus": 0.5}) == Resources(gpus_per_worker=0.5)
     assert Resources().model_dump() == {
         "num_threads": 1, "num_workers": 1, "gpus_per_worker": 0.0, "strategy": "ddp",
-        "max_failures": 2,
+        "max_failures": 2, "save_interval_s": 600.0,
     }  # fmt: skip
 
 
@@ -27,8 +27,9 @@ def test_an_older_name_of_the_gpus_is_understood():
     ("given", "said"),
     [
         ({"strategy": "fsdp"}, "num_workers is 1; raise it"),
-        ({"num_workers": 2, "gpus_per_worker": 0.5}, "uses one GPU of its own"),
+        ({"num_workers": 2, "gpus_per_worker": 0.5}, "have one each, or none"),
         ({"num_workers": 2, "gpus_per_worker": 2}, "give 1 or 0"),
+        ({"gpus_per_worker": 4}, "num_workers for more GPUs"),
         ({"num_workers": 0}, "greater than or equal to 1"),
         ({"num_workers": 2, "strategy": "zero"}, "'ddp' or 'fsdp'"),
     ],
