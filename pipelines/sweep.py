@@ -44,8 +44,12 @@ class Listener(Protocol):
         """The trial finished or failed; the ledger says which."""
 
 
-def run_trials(plan: Plan, trials: Sequence[Trial], listener: Listener) -> None:
+def run_trials(
+    plan: Plan, trials: Sequence[Trial], listener: Listener, memory_bytes: int = 0
+) -> None:
     """Run ``trials`` to the end, each finished or failed in the ledger.
+
+    Each reserves ``memory_bytes`` of its machine (the same for all, so that workers are reused).
 
     Needs a Ray session. A trial that raises one of our own errors fails at once (running it again
     would not help); one whose worker dies, or that raises anything else, is tried again up to
@@ -56,7 +60,12 @@ def run_trials(plan: Plan, trials: Sequence[Trial], listener: Listener) -> None:
     with tempfile.TemporaryDirectory(prefix="rlsparse-tune-") as folder:
         tune.Tuner(
             tune.with_resources(
-                _run_spec, {"cpu": resources.num_threads, "gpu": resources.num_gpus}
+                _run_spec,
+                {
+                    "cpu": resources.num_threads,
+                    "gpu": resources.num_gpus,
+                    "memory": memory_bytes,
+                },
             ),
             param_space={"spec": tune.grid_search(specs)},
             tune_config=tune.TuneConfig(reuse_actors=True, metric=None),
@@ -196,10 +205,12 @@ def _reason(trial: Any) -> str:
     return text.splitlines()[-1].strip() if text else "the worker died"
 
 
-def num_slots(resources: Resources) -> int:
+def num_slots(resources: Resources, memory_bytes: int = 0) -> int:
     """Trials that the Ray session can run at the same time."""
     total = ray.cluster_resources()
     slots = int(total.get("CPU", 1) // resources.num_threads)
     if resources.num_gpus:
         slots = min(slots, int(total.get("GPU", 0) // resources.num_gpus))
+    if memory_bytes:
+        slots = min(slots, int(total.get("memory", 0) // memory_bytes))
     return max(1, slots)

@@ -55,7 +55,10 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("num_final", pa.int64()),
             ("wall_s", pa.float64()),
             ("cpu_s", pa.float64()),
-            ("peak_bytes", pa.int64()),
+            ("peak_bytes", pa.int64()),  # of the process (CPU, since it began) or of the GPU
+            # What ``costs`` expected of the last two before the trial began; time on a CPU alone.
+            ("estimated_peak_bytes", pa.int64()),
+            ("estimated_cpu_s", pa.float64()),
             ("attempts", pa.int32()),
             ("host", pa.string()),
             ("versions", pa.string()),  # JSON object

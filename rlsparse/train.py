@@ -22,6 +22,7 @@ from rlsparse import tables
 from rlsparse.algorithms import ALGORITHMS, TrialContext
 from rlsparse.checkpoint import Checkpoint
 from rlsparse.config import NUM_DISTANCE_PROBLEMS, TrialConfig
+from rlsparse.costs import estimates
 from rlsparse.errors import TrialError
 from rlsparse.models.loading import TORCH_DTYPES, load_model, load_tokenizer
 from rlsparse.optim import select_trainable
@@ -111,6 +112,7 @@ def train_trial(
         "wall_s": time.monotonic() - started,
         "cpu_s": time.process_time() - cpu_started,
         "peak_bytes": _peak_bytes(),
+        **estimates(config, probe.base, "gpu" if torch.cuda.is_available() else "cpu"),
     }
     _write_json(out_dir / SUMMARY, summary)
     return summary

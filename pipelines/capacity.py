@@ -1,0 +1,148 @@
+"""What memory the machines have, and whether a study's trials fit: told before anything trains.
+
+Ray starts no more trials on a machine at a time than its ``memory`` has room for, by the estimate
+of the largest one (``rlsparse.costs``); a trial that fits nowhere is refused.
+"""
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from pipelines.plan import Plan, model_size
+from rlsparse.costs import GPU_HOST_BYTES, Device, Memory, remedies, trial_memory
+from rlsparse.errors import ConfigError
+from rlsparse.study import Trial
+
+_RESERVED_BYTES = 1_000_000_000
+"""For the driver and Ray."""
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+    ),
+)
+"""Limit, usage and statistics of a container's memory, of both versions of cgroups."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Memory that trials can have.
+
+    Attributes:
+        host_bytes: of the machine that has most.
+        gpu_bytes: of the smallest GPU; None where there is none, or none is known.
+    """
+
+    host_bytes: int
+    gpu_bytes: int | None = None
+
+
+def host_memory(root: Path = Path("/")) -> int:
+    """Bytes that trials can take on this machine now; in a container, within its limit.
+
+    Args:
+        root: under which ``sys/fs/cgroup`` lies.
+    """
+    free: int = psutil.virtual_memory().available
+    for files in _CGROUPS:
+        limit, usage, statistics = (root / file.lstrip("/") for file in files)
+        try:
+            most, used = limit.read_text().strip(), int(usage.read_text())
+            lines = dict(line.split() for line in statistics.read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if most != "max":
+            free = min(free, int(most) - used + int(lines.get("inactive_file", 0)))
+    return max(0, free - _RESERVED_BYTES)
+
+
+def gpu_memory() -> int | None:
+    """Bytes of the smallest GPU of this machine, None without one. Needs no torch."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    command = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    sizes = [int(line) for line in found.stdout.split() if line.isdecimal()]
+    return min(sizes) * 2**20 if found.returncode == 0 and sizes else None
+
+
+def here() -> Capacity:
+    """Memory of this machine."""
+    return Capacity(host_memory(), gpu_memory())
+
+
+def of_session() -> Capacity:
+    """Memory of the machines of the Ray session; what an autoscaler would add is not known."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    ask = ray.remote(gpu_memory)
+    answers = ray.get(
+        [
+            ask.options(
+                num_cpus=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+            ).remote()
+            for node in nodes
+            if node["Resources"].get("GPU")
+        ]
+    )
+    return Capacity(
+        host_bytes=int(max(node["Resources"].get("memory", 0) for node in nodes)),
+        gpu_bytes=min((size for size in answers if size), default=None),
+    )
+
+
+def memory_of(plan: Plan, trial: Trial) -> Memory:
+    """Estimated peak memory of a trial, where it trains."""
+    device: Device = "gpu" if plan.study.resources.num_gpus else "cpu"
+    return trial_memory(trial.config, model_size(plan.base(trial).path), device)
+
+
+def host_bytes(plan: Plan, trials: Sequence[Trial]) -> int:
+    """Memory that Ray sets aside for one of ``trials``: what the largest takes of its machine."""
+    if not plan.study.resources.num_gpus:
+        return max(memory_of(plan, trial).peak_bytes for trial in trials)
+    weights = max(plan.base(trial).num_weights for trial in trials)
+    return GPU_HOST_BYTES + 4 * weights  # loading goes through the host
+
+
+def misfit(plan: Plan, trials: Sequence[Trial], capacity: Capacity) -> str | None:
+    """Why the largest of ``trials`` does not fit, with what to lower; None if it does."""
+    share = min(1.0, plan.study.resources.num_gpus)
+    largest = max(trials, key=lambda trial: memory_of(plan, trial).peak_bytes)
+    memory = memory_of(plan, largest)
+    where, most = "the largest machine has", capacity.host_bytes
+    if share:
+        if capacity.gpu_bytes is None:
+            return None
+        where, most = f"its share ({share:g}) of a GPU is", int(share * capacity.gpu_bytes)
+    if memory.peak_bytes <= most:
+        return None
+    return (
+        f"trial {largest.label} ({largest.trial_id}) would take about "
+        f"{memory.peak_bytes / 1e9:.2f} GB of memory at its largest ({memory.moment}: {memory}), "
+        f"but {where} {most / 1e9:.2f} GB; {'; '.join(remedies(memory))}"
+    )
+
+
+def admit(plan: Plan, trials: Sequence[Trial], *, allow_oversize: bool) -> int:
+    """Bytes of host memory that each trial is to reserve in the Ray session.
+
+    Raises:
+        ConfigError: a trial fits on no machine, and ``allow_oversize`` is not given.
+    """
+    capacity = of_session()
+    reason = misfit(plan, trials, capacity)
+    if reason and not allow_oversize:
+        raise ConfigError(f"{reason}; or --allow-oversize, as estimates err by up to a half")
+    # More than any machine has would wait for ever.
+    return min(host_bytes(plan, trials), capacity.host_bytes)
