@@ -152,6 +152,7 @@ def write_report(
     provenance = {
         **record.provenance(storage),
         **{name: value for name, value in sums.items() if value is not None},
+        **_costs(trials),
         "hosts": hosts,
         "allow_missing": allow_missing,
         "dropped_claims": list(registered.dropped),
@@ -160,6 +161,23 @@ def write_report(
         build_report(study, tables, Path(folder), provenance=provenance)
         for name in REPORT_FILES:
             storage.write_bytes(f"report/{name}", (Path(folder) / name).read_bytes())
+
+
+def _costs(trials: pa.Table) -> dict[str, str]:
+    """What trials took against what was expected of them, as one line; none of earlier releases."""
+    lines = []
+    for name, measured, expected in (
+        ("peak memory", "peak_bytes", "estimated_peak_bytes"),
+        ("CPU time", "cpu_s", "estimated_cpu_s"),
+    ):
+        ratios = pc.divide(pc.cast(trials[measured], pa.float64()), trials[expected]).drop_null()
+        if len(ratios):
+            least, most = pc.min_max(ratios).as_py().values()
+            lines.append(f"{name} {least:.2g} to {most:.2g} times the estimate")
+    if not lines:
+        return {}
+    largest = pc.max(trials["peak_bytes"]).as_py()
+    return {"costs": f"largest trial {largest / 1e9:.2f} GB; {', '.join(lines)}"}
 
 
 def _finished(trials: pa.Table) -> dict[str, str]:

@@ -70,6 +70,10 @@ def run(
     allow_mixed: Annotated[
         bool, typer.Option("--allow-mixed", help="Add to trials of other versions or hardware.")
     ] = False,
+    allow_oversize: Annotated[
+        bool,
+        typer.Option("--allow-oversize", help="Run trials that by estimate do not fit in memory."),
+    ] = False,
 ) -> None:
     """Run a study, all stages. Give the command again to resume: only what is left runs."""
     from rlsparse.study import PairStudy
@@ -85,7 +89,9 @@ def run(
 
     plan = make_plan(loaded, storage, only)
     if dry_run:
-        _print_dry_run(plan)
+        from pipelines.dry_run import print_dry_run
+
+        print_dry_run(plan)
         return
     from pipelines.study import interrupted_says_how_to_resume, run_study
 
@@ -99,6 +105,7 @@ def run(
             only=only,
             allow_missing=allow_missing,
             allow_mixed=allow_mixed,
+            allow_oversize=allow_oversize,
         )
     if only is None:
         from pipelines import terminal
@@ -296,34 +303,6 @@ def _plan_of(place: str, storage: str, overrides: list[str] | None = None) -> "P
             f"{place}/study.json is damaged or of another release; run the study file again"
         ) from error
     return make_plan(study, folder.url.rstrip("/").rpartition("/")[0], inputs=inputs)
-
-
-def _print_dry_run(plan: "Plan") -> None:
-    from pipelines.plan import patch_bytes, probe_bytes, step_mask_bytes, wall_seconds
-    from rlsparse.study import collapsed_factors
-
-    cells: dict[tuple[str, str], list[str]] = {}
-    for trial in plan.trials:
-        key = (trial.control or "", ", ".join(f"{k}={v}" for k, v in trial.cell.items()))
-        cells.setdefault(key, []).append(trial.trial_id)
-    print(f"{plan.study.name}: {plan.study.question}")
-    for (control, cell), names in cells.items():
-        print(f"  {len(names)} x {cell or 'baseline'}{f' [{control}]' if control else ''}: "
-              f"{' '.join(names)}")  # fmt: skip
-    for path, algorithms in collapsed_factors(plan.study).items():
-        print(f"  {path} does not exist for {', '.join(algorithms)}: those cells are one")
-    sized = [(t.config, plan.base(t).num_weights) for t in plan.trials]
-    total = sum(patch_bytes(*one) for one in sized)
-    mask_bytes = sum(step_mask_bytes(*one) for one in sized)
-    seconds = wall_seconds(plan, os.cpu_count() or 1)
-    finished = len(plan.finished())
-    print(
-        f"{len(cells)} cells, {len(plan.trials)} trials ({finished} done), about "
-        f"{seconds / 60:.1f} min on the {os.cpu_count()} cores of this machine, at most "
-        f"{total / 1e6:.1f} MB of patches"
-        f"{f' and {mask_bytes / 1e6:.1f} MB of step masks' if mask_bytes else ''}; measuring takes "
-        f"{max(probe_bytes(*one) for one in sized) / 1e6:.1f} MB of memory in a trial"
-    )
 
 
 def _places(plan: "Plan") -> dict[str, str]:

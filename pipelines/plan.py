@@ -10,24 +10,14 @@ from typing import Any
 from pipelines.ledger import Entry, Ledger
 from pipelines.storage import Storage
 from rlsparse.checkpoint import Checkpoint, fingerprint
-from rlsparse.config import (
-    NUM_DISTANCE_PROBLEMS,
-    STORED_DTYPE,
-    ModelConfig,
-    SampledDataConfig,
-    TrialConfig,
-)
+from rlsparse.config import ModelConfig, TrialConfig
+from rlsparse.costs import ModelSize, cpu_seconds
 from rlsparse.errors import CheckpointError, ConfigError
 from rlsparse.identity import canonical_json
 from rlsparse.models import companion_hash, resolve
 from rlsparse.study import Study, Trial, expand
 from rlsparse.tasks import data_version
 
-_ITEMSIZE = {"bf16": 2, "fp32": 4}
-_FLOP_PER_S = 2e10
-"""Measured for the tiny base on one core; a rough guide, several-fold off on other hardware."""
-_PROMPT_TOKENS = {"simple_equations": 24, "dataset": 128}
-"""Rough length of a task's prompts, where it is not that of a line of arithmetic."""
 _STARTUP_S = 25.0
 
 
@@ -192,43 +182,13 @@ def make_plan(
     return Plan(study, tuple(trials), storage, inputs)
 
 
-def patch_bytes(config: TrialConfig, num_weights: int) -> int:
-    """Largest size of the patches that a trial can leave: dense, one per snapshot."""
-    itemsize = _ITEMSIZE[STORED_DTYPE[config.train.precision]]
-    return len(config.snapshot_steps) * num_weights * itemsize
+@lru_cache(maxsize=16)
+def model_size(path: Path) -> ModelSize:
+    """Dimensions of a base in a folder of this machine."""
+    return ModelSize.of(Checkpoint.open(path))
 
 
-def probe_bytes(config: TrialConfig, num_weights: int) -> int:
-    """Memory that measuring takes in a trial, where it trains: copies of the weights, and bits."""
-    itemsize = _ITEMSIZE[STORED_DTYPE[config.train.precision]]
-    num_copies = 1 + len(config.probe.k_steps)
-    return num_copies * num_weights * itemsize + -(-num_weights // 8)
-
-
-def step_mask_bytes(config: TrialConfig, num_weights: int) -> int:
-    """Largest size of the masks of steps that a trial can leave: what does not compress at all."""
-    return config.probe.step_masks * config.train.num_steps * -(-num_weights // 8)
-
-
-def cpu_seconds(config: TrialConfig, num_weights: int) -> float:
-    """Rough CPU time of a trial: floating-point operations over a measured rate."""
-    task, algorithm = config.task, config.algorithm
-    prompt = _PROMPT_TOKENS.get(task.name, 12) * (1 + task.num_shots)
-    length = prompt + task.max_completion_tokens
-    steps = config.train.num_steps * config.train.batch_size
-    work = steps * algorithm.FLOP_PER_WEIGHT_TOKEN
-    num_scores = len(config.snapshot_steps) + 1 if config.probe.score_snapshots else 2
-    work += 2.0 * num_scores * task.num_eval_problems
-    # The divergence to the base: samples, and a pass of both models over them.
-    work += 6.0 * (num_scores - 1) * min(task.num_eval_problems, NUM_DISTANCE_PROBLEMS)
-    samples_first = getattr(algorithm, "data", "sampled") == "sampled"
-    if isinstance(algorithm, SampledDataConfig) and samples_first:
-        work += 2.0 * task.num_train_problems * algorithm.num_samples_per_prompt
-    return work * length * num_weights / _FLOP_PER_S
-
-
-def wall_seconds(plan: Plan, num_cpus: int) -> float:
-    """Rough wall time of all trials on this many cores."""
+def wall_seconds(plan: Plan, num_slots: int) -> float:
+    """Rough wall time of all trials on a CPU, so many at a time."""
     total = sum(cpu_seconds(t.config, plan.base(t).num_weights) for t in plan.trials)
-    workers = max(1, num_cpus // plan.study.resources.num_threads)
-    return _STARTUP_S + total / workers
+    return _STARTUP_S + total / (num_slots * plan.study.resources.num_workers)

@@ -6,6 +6,7 @@ import socket
 from types import TracebackType
 from typing import Any
 
+from pipelines.capacity import host_memory
 from rlsparse.errors import ConfigError
 
 _REMEDY = "start it with `ray up` or `ray start --head`, or leave --address out"
@@ -42,7 +43,7 @@ class RaySession:
 
         settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "critical"}
         if self._address is None:
-            settings |= {"address": "local", "include_dashboard": False}
+            settings |= {"address": "local", "include_dashboard": False, "_memory": host_memory()}
         else:
             settings |= {"address": self._address}
             _check_reachable(self._address)

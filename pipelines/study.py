@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pipelines import aggregate, collect, record, saves
+from pipelines import aggregate, capacity, collect, record, saves
 from pipelines.aggregate import Tables
 from pipelines.plan import Plan
 from pipelines.progress import Progress
@@ -37,6 +37,7 @@ def run_study(
     only: str | None = None,
     allow_missing: bool = False,
     allow_mixed: bool = False,
+    allow_oversize: bool = False,
 ) -> Tables:
     """Run what is left of a study, and bring its tables, report and MLflow up to date.
 
@@ -48,12 +49,14 @@ def run_study(
         only: prefix of a trial id: run just that trial, without the analysis.
         allow_missing: judge claims although trials of theirs failed or were not run.
         allow_mixed: go on although other versions or hardware made the trials that are done.
+        allow_oversize: run trials although by estimate they do not fit into memory.
 
     Returns:
         All tables; empty with ``only``.
 
     Raises:
-        ConfigError: the trials that are done were made with other versions or hardware.
+        ConfigError: the trials that are done were made with other versions or hardware, or one
+            that is left does not fit into memory.
         StorageError: the storage is not writable, or another driver is at work on the study.
         TrialError: trials of different seeds are alike; tables and report are there all the same.
     """
@@ -80,10 +83,11 @@ def run_study(
         with RaySession(address) as session:
             if todo:
                 session.start()
+                memory_bytes = capacity.admit(plan, todo, allow_oversize=allow_oversize)
             write_study(plan, command if only is None else None)
             record.tell(record.registration(plan.storage, plan.study, plan.study.seeds), console)
             if todo:
-                _sweep(plan, todo, console)
+                _sweep(plan, todo, console, memory_bytes)
             elif only is None:
                 console.print(f"all {len(plan.trials)} trials are done", highlight=False)
             else:
@@ -98,7 +102,7 @@ def run_study(
 # --- stages ----------------------------------------------------------------------------------
 
 
-def _sweep(plan: Plan, todo: list[Trial], console: Console) -> None:
+def _sweep(plan: Plan, todo: list[Trial], console: Console, memory_bytes: int) -> None:
     from pipelines.sweep import num_slots, run_trials
     from pipelines.tracking import Tracker
 
@@ -126,9 +130,9 @@ def _sweep(plan: Plan, todo: list[Trial], console: Console) -> None:
         num_done=num_done,
         ledger=plan.ledger,
         console=console,
-        num_slots=num_slots(plan.study.resources),
+        num_slots=num_slots(plan.study.resources, memory_bytes),
     ) as progress:
-        run_trials(plan, todo, progress)
+        run_trials(plan, todo, progress, memory_bytes)
 
 
 def _analyse(plan: Plan, session: RaySession, console: Console, *, allow_missing: bool) -> Tables:

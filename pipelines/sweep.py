@@ -51,21 +51,30 @@ class Listener(Protocol):
         """The trial finished or failed; the ledger says which."""
 
 
-def run_trials(plan: Plan, trials: Sequence[Trial], listener: Listener) -> None:
+def run_trials(
+    plan: Plan, trials: Sequence[Trial], listener: Listener, memory_bytes: int = 0
+) -> None:
     """Run ``trials`` to the end, each finished or failed in the ledger.
+
+    Each worker reserves ``memory_bytes`` of its machine, as many for all trials, so that processes
+    are reused.
 
     Needs a Ray session. A trial that raises one of our own errors fails at once (running it again
     would not help); one whose worker dies, or that raises anything else, is tried again up to
     ``resources.max_failures`` times.
     """
     resources = plan.study.resources
-    specs = [_spec(plan, trial) for trial in trials]
+    several = resources.num_workers > 1
+    specs = [_spec(plan, trial) | {"memory_bytes": memory_bytes} for trial in trials]
     with tempfile.TemporaryDirectory(prefix="rlsparse-tune-") as folder:
         tune.Tuner(
-            tune.with_resources(_run_spec, _reserved(resources)),
+            tune.with_resources(_run_spec, _reserved(resources, memory_bytes)),
             param_space={"spec": tune.grid_search(specs)},
             tune_config=tune.TuneConfig(
-                reuse_actors=True, metric=None, max_concurrent_trials=_most_at_once(resources)
+                reuse_actors=True,
+                metric=None,
+                # How many fit of those that start no workers, Tune knows itself.
+                max_concurrent_trials=num_slots(resources, memory_bytes) if several else None,
             ),
             run_config=tune.RunConfig(
                 name=plan.study.name,
@@ -261,23 +270,19 @@ def _reason(trial: Any) -> str:
     return text.splitlines()[-1].strip() if text else "the worker died"
 
 
-def _reserved(resources: Resources) -> dict[str, float]:
+def _reserved(resources: Resources, memory_bytes: int) -> dict[str, float]:
     """What Tune reserves for a trial: as good as nothing for one that only starts its workers.
 
     A share of a CPU would be missing where the workers need all of them, and Tune refuses nothing.
     """
     if resources.num_workers > 1:
         return {"cpu": 0, "memory": 1}
-    return {name.lower(): count for name, count in occupied(resources).items()}
+    return {name.lower(): count for name, count in occupied(resources, memory_bytes).items()}
 
 
-def _most_at_once(resources: Resources) -> int | None:
-    """Trials that Tune may start; how many fit that start no workers, it knows itself."""
-    return num_slots(resources) if resources.num_workers > 1 else None
-
-
-def num_slots(resources: Resources) -> int:
+def num_slots(resources: Resources, memory_bytes: int = 0) -> int:
     """Trials that the Ray session can run at the same time."""
     total = ray.cluster_resources()
-    slots = [total.get(name, 0) // count for name, count in occupied(resources).items()]
+    wanted = occupied(resources, memory_bytes)
+    slots = [total.get(name, 0) // count for name, count in wanted.items()]
     return max(1, int(min(slots)) // resources.num_workers)

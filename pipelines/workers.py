@@ -52,7 +52,7 @@ def run_on_workers(work: Work, spec: dict[str, Any], report_interval_s: float) -
             scaling_config=ScalingConfig(
                 num_workers=resources.num_workers,
                 use_gpu=resources.gpus_per_worker > 0,
-                resources_per_worker=occupied(resources),
+                resources_per_worker=occupied(resources, spec["memory_bytes"]),
             ),
             run_config=RunConfig(
                 name=name,
@@ -69,9 +69,13 @@ def run_on_workers(work: Work, spec: dict[str, Any], report_interval_s: float) -
                 raise
 
 
-def occupied(resources: Resources) -> dict[str, float]:
-    """What one worker occupies, in Ray's words."""
-    wanted = {"CPU": resources.num_threads, "GPU": resources.gpus_per_worker}
+def occupied(resources: Resources, memory_bytes: int = 0) -> dict[str, float]:
+    """What one worker occupies, in Ray's words, with so much memory of its machine."""
+    wanted = {
+        "CPU": resources.num_threads,
+        "GPU": resources.gpus_per_worker,
+        "memory": memory_bytes,
+    }
     return {name: count for name, count in wanted.items() if count}
 
 

@@ -23,6 +23,7 @@ from rlsparse import distributed, tables
 from rlsparse.algorithms import ALGORITHMS, TrialContext
 from rlsparse.checkpoint import Checkpoint
 from rlsparse.config import NUM_DISTANCE_PROBLEMS, TrialConfig
+from rlsparse.costs import estimates
 from rlsparse.errors import TrialError
 from rlsparse.models.loading import TORCH_DTYPES, load_model, load_tokenizer
 from rlsparse.optim import select_trainable
@@ -145,6 +146,13 @@ def train_trial(
         **probe.prices.columns(),
         **clock(),
         "peak_bytes": _peak_bytes(),
+        **estimates(
+            config,
+            probe.base,
+            "gpu" if torch.cuda.is_available() else "cpu",
+            num_workers=distributed.num_workers(),
+            num_shards=num_shards,
+        ),
     }
     _write_json(out_dir / SUMMARY, summary)
     return summary

@@ -7,16 +7,10 @@ from pathlib import Path
 import pytest
 from command import StudyRun
 
-from pipelines.plan import (
-    cpu_seconds,
-    load_base,
-    make_plan,
-    patch_bytes,
-    probe_bytes,
-    step_mask_bytes,
-)
+from pipelines.plan import load_base, make_plan
 from rlsparse import tables
-from rlsparse.config import ModelConfig, TrialConfig
+from rlsparse.config import ModelConfig
+from rlsparse.costs import patch_bytes
 from rlsparse.errors import CheckpointError, ConfigError
 from rlsparse.models import TINY
 from rlsparse.study import Study
@@ -104,18 +98,6 @@ def test_patches_are_no_larger_than_said(study_run: StudyRun) -> None:
         assert 0 < row["patch_bytes"] <= most
 
 
-def test_memory_and_bytes_of_the_probe() -> None:
-    """A copy of the weights of 2 or 4 bytes each, one more per window, and bits."""
-    own = {"algorithm": {"name": "sft"}, "train": {"num_steps": 10}}
-    plain = TrialConfig.model_validate(own)
-    assert (probe_bytes(plain, 801), step_mask_bytes(plain, 801)) == (1602 + 101, 0)
-    asked = {"k_steps": [2, 8], "step_masks": True}
-    wide = TrialConfig.model_validate(
-        {**own, "train": {"num_steps": 10, "precision": "fp32"}, "probe": asked}
-    )
-    assert (probe_bytes(wide, 801), step_mask_bytes(wide, 801)) == (3 * 3204 + 101, 1010)
-
-
 def make_study(**baseline: object) -> Study:
     return Study.model_validate({"name": "s", "question": "?", "baseline": baseline, "seeds": [0]})
 
@@ -151,20 +133,3 @@ def test_data_that_are_not_there_are_told_before_any_trial(
         make_plan(make_study(**baseline), str(tmp_path / "runs"))
     assert len(str(raised.value).splitlines()) == 1
     assert not (tmp_path / "runs").exists()
-
-
-def seconds(name: str, task: dict[str, object] | None = None, **algorithm: object) -> float:
-    config = {"algorithm": {"name": name, **algorithm}, "task": task or {}}
-    return cpu_seconds(TrialConfig.model_validate(config), 1_000_000)
-
-
-def test_cost_is_estimated_for_every_algorithm_and_task() -> None:
-    names = ("rft", "rloo", "grpo", "ppo", "prime", "orpo", "simpo", "kto", "dpo")
-    assert all(seconds(name) > seconds("sft") > 0 for name in names)
-    sampled = 2.0 * 768 * 8 * (12 + 6) * 1e6 / 2e10
-    assert seconds("kto") - seconds("kto", data="gold") == pytest.approx(sampled, rel=1e-9)
-    assert seconds("rft") - seconds("sft") == pytest.approx(sampled, rel=1e-9)
-    longer = {"name": "simple_equations", "num_shots": 1}
-    assert seconds("sft", longer) == pytest.approx(seconds("sft") * (48 + 16) / 18, rel=1e-9)
-    data = {"name": "dataset", "source": "a.csv", "max_completion_tokens": 128}
-    assert seconds("grpo", data) == pytest.approx(seconds("grpo") * 256 / 18, rel=1e-9)

@@ -47,6 +47,7 @@ def spec(plan: Plan, number: int, **changes: Any) -> dict[str, Any]:
         "base_identity": plan.base(trial).identity,
         "data_version": trial.data_version,
         "resources": plan.study.resources.model_dump(mode="json"),
+        "memory_bytes": 0,
     } | changes
 
 
