@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from rlsparse.algorithms.arguments import algorithm_arguments, training_arguments
+from rlsparse.algorithms.arguments import (
+    algorithm_arguments,
+    engine_arguments,
+    training_arguments,
+)
 from rlsparse.config import OnlineConfig, TrialConfig
 from rlsparse.errors import TrialError
 from rlsparse.optim import build_optimizer
@@ -74,7 +78,7 @@ class TrialContext:
             "sync_ref_model": False,
             "disable_dropout": True,
             "shuffle_dataset": True,
-            "use_vllm": False,
+            **engine_arguments(algorithm),
         }
 
     def dataset(self, rows: list[dict[str, Any]]) -> Dataset:
