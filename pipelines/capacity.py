@@ -4,6 +4,7 @@ Ray starts no more trials on a machine at a time than its ``memory`` has room fo
 of the largest one (``rlsparse.costs``); a trial that fits nowhere is refused.
 """
 
+import importlib.util
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from pipelines.plan import Plan, model_size
+from rlsparse.config import EngineConfig, OnlineConfig
 from rlsparse.costs import GPU_HOST_BYTES, Device, Memory, remedies, trial_memory
 from rlsparse.errors import ConfigError
 from rlsparse.study import Trial
@@ -129,6 +131,33 @@ def host_bytes(plan: Plan, trials: Sequence[Trial]) -> int:
     return GPU_HOST_BYTES + 4 * weights  # loading goes through the host
 
 
+def check_engines(plan: Plan) -> None:
+    """Refuse trials whose completions vLLM is to sample where it cannot run.
+
+    Raises:
+        ConfigError: no GPU is asked for, or vLLM is not installed.
+    """
+    trial = next((one for one in plan.trials if _engine(one).engine == "vllm"), None)
+    if trial is None:
+        return
+    what = f"algorithm.generation.engine of trial {trial.label} ({trial.trial_id}) is vllm"
+    if not plan.study.resources.gpus_per_worker:
+        raise ConfigError(
+            f"{what}, which needs a GPU, but resources.gpus_per_worker is 0; set it to 1, or the "
+            "engine to transformers"
+        )
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            f"{what}, but vLLM is not installed; `pip install 'trl[vllm]'` on every node, or set "
+            "the engine to transformers"
+        )
+
+
+def _engine(trial: Trial) -> EngineConfig:
+    algorithm = trial.config.algorithm
+    return algorithm.generation if isinstance(algorithm, OnlineConfig) else EngineConfig()
+
+
 def misfit(plan: Plan, trials: Sequence[Trial], capacity: Capacity) -> str | None:
     """Why the largest of ``trials`` does not fit, with what to lower; None if it does."""
     resources = plan.study.resources
@@ -138,8 +167,10 @@ def misfit(plan: Plan, trials: Sequence[Trial], capacity: Capacity) -> str | Non
     if share:
         if capacity.gpu_bytes is None:
             return None
-        most = int(share * capacity.gpu_bytes)
-        fits, there = memory.peak_bytes <= most, f"its share ({share:g}) of a GPU is {_gb(most)}"
+        engine = _engine(largest)
+        own = share - engine.gpu_memory_utilization * engine.is_colocated
+        most = int(own * capacity.gpu_bytes)
+        fits, there = memory.peak_bytes <= most, f"its share ({own:g}) of a GPU is {_gb(most)}"
     else:
         fits = capacity.num_places(memory.peak_bytes) >= resources.num_workers
         there = f"the machines have {', '.join(map(_gb, capacity.hosts))}"

@@ -85,9 +85,11 @@ def run(
             raise ConfigError(f"{study} is of runs made elsewhere: no --only and no --dry-run")
         _run_pairs(loaded, storage, address, allow_missing=allow_missing)
         return
+    from pipelines.capacity import check_engines
     from pipelines.plan import make_plan
 
     plan = make_plan(loaded, storage, only)
+    check_engines(plan)
     if dry_run:
         from pipelines.dry_run import print_dry_run
 

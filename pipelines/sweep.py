@@ -30,6 +30,12 @@ from rlsparse.resources import Resources
 from rlsparse.study import Trial
 
 _REPORT_INTERVAL_S = 0.5
+_OUT_OF_MEMORY = ("OOM killer", "low on memory", "OutOfMemoryError")
+"""In what Ray says of a worker that the kernel or Ray's own monitor may have killed for memory."""
+_LESS_MEMORY = (
+    "`rlsparse run STUDY --dry-run` says what a trial takes, and more resources.num_threads let "
+    "fewer run at once"
+)
 
 
 class Listener(Protocol):
@@ -265,9 +271,12 @@ class _Relay(TrialProgressCallback):  # type: ignore[misc]
 
 
 def _reason(trial: Any) -> str:
-    """Last line of what Tune knows of a trial's failure."""
+    """Last line of what Tune knows of a trial's failure, and whether it may be for memory."""
     text = str(trial.get_error() or "").strip()
-    return text.splitlines()[-1].strip() if text else "the worker died"
+    last = text.splitlines()[-1].strip() if text else "the worker died"
+    if any(sign in text for sign in _OUT_OF_MEMORY):
+        return f"{last}; memory may have run out: {_LESS_MEMORY}"
+    return last
 
 
 def _reserved(resources: Resources, memory_bytes: int) -> dict[str, float]:

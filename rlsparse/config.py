@@ -37,6 +37,42 @@ surrogates carry no information: ``shuffled`` permutes the grades among the comp
 ``random`` tosses a coin for each."""
 
 
+class EngineConfig(Config):
+    """What samples completions from the policy while it is trained.
+
+    ``transformers`` samples with the code that trains. ``vllm`` is faster, needs GPUs and vLLM, and
+    computes probabilities with other kernels, so that samples are slightly off-policy: ``grpo``,
+    ``ppo`` and ``prime`` weigh them by TRL's ``importance_sampling`` (null: not at all), whose
+    ratios are bounded by ``importance_cap``; ``rloo`` has no such correction. ``colocate`` runs
+    vLLM on the trial's own GPU, in ``gpu_memory_utilization`` of its memory; ``server`` asks a
+    `trl vllm-serve` at ``server_url``, which serves one trial at a time.
+    """
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    mode: Literal["colocate", "server"] = "colocate"
+    server_url: str | None = None
+    gpu_memory_utilization: float = Field(0.3, gt=0, lt=1)
+    tensor_parallel_size: int = Field(1, ge=1)
+    importance_sampling: (
+        Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None
+    ) = "sequence_mask"
+    importance_cap: float = Field(3.0, gt=1)
+
+    @model_validator(mode="after")
+    def _server_is_named(self) -> "EngineConfig":
+        if (self.mode == "server") != (self.server_url is not None):
+            raise ValueError(
+                f"mode is {self.mode} and server_url {self.server_url}: mode server needs the URL "
+                "of a running server, mode colocate none"
+            )
+        return self
+
+    @property
+    def is_colocated(self) -> bool:
+        """Whether the engine takes memory of the GPU that trains."""
+        return self.engine == "vllm" and self.mode == "colocate"
+
+
 class OnlineConfig(Config):
     """What the algorithms share that sample from the policy while they train it.
 
@@ -56,6 +92,7 @@ class OnlineConfig(Config):
     num_iterations: int = Field(1, ge=1)
     steps_per_rollout: int = Field(1, ge=1)
     sampling_seed: int | None = Field(None, ge=0, lt=2**31)
+    generation: EngineConfig = EngineConfig()
 
     def check_rollout(self, micro_batch_size: int, batch_size: int, num_problems: int) -> None:
         """Refuse batches that hold no whole groups, and rollouts of more prompts than there are."""

@@ -44,6 +44,11 @@ def trial_id(
     for later in ("k_steps", "step_masks", "casts", "update_interval"):  # without, the name stays
         if not resolved["probe"][later]:
             del resolved["probe"][later]
+    generation = resolved["algorithm"].pop("generation", None)
+    if generation and generation["engine"] != "transformers":
+        for placed in ("mode", "server_url", "gpu_memory_utilization"):
+            del generation[placed]
+        resolved["algorithm"]["generation"] = generation
     if resolved["algorithm"].get("data", "gold") not in ("gold", "sampled"):
         resolved["algorithm"]["data"] = "own"
     identity = {

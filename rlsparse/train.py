@@ -25,6 +25,7 @@ from rlsparse.checkpoint import Checkpoint
 from rlsparse.config import NUM_DISTANCE_PROBLEMS, TrialConfig
 from rlsparse.costs import estimates
 from rlsparse.errors import TrialError
+from rlsparse.memory import tells_out_of_memory
 from rlsparse.models.loading import TORCH_DTYPES, load_model, load_tokenizer
 from rlsparse.optim import select_trainable
 from rlsparse.probe import Probe
@@ -38,6 +39,7 @@ from rlsparse.tasks.generate import Score, evaluate, kl_divergence
 _MEDIAN_SAMPLE = 2**22
 
 
+@tells_out_of_memory("training")
 def train_trial(
     config: TrialConfig,
     *,
@@ -79,10 +81,12 @@ def train_trial(
         save, its times include what the trial had taken before it.
 
     Raises:
-        TrialError: training cannot go on (no preference pairs, loss or weights not finite).
+        TrialError: training cannot go on (no preference pairs, loss or weights not finite, no
+            memory left).
         CheckpointError: transformers loads other weights than the files of the base hold.
     """
     gc.collect()  # the trial before this one in the same worker holds cycles
+    torch.cuda.empty_cache()
     before = spent(saving)
     started, cpu_started = time.monotonic(), time.process_time()
 
@@ -186,6 +190,7 @@ class _Follower(TrainerCallback):  # type: ignore[misc]
             self._on_progress({"step": state.global_step})
 
 
+@tells_out_of_memory("loading the base")
 def _load(
     config: TrialConfig, base_dir: Path, scratch_dir: Path, num_shards: int = 1
 ) -> TrialContext:
@@ -236,6 +241,7 @@ def _problems(
     return problems
 
 
+@tells_out_of_memory("scoring")
 def _score(context: TrialContext, model: Any) -> Score:
     """Held-out greedy score; leaves torch's random state as it was."""
     problems = _problems(context.config, context.task, context.tokenizer, "test")
@@ -243,6 +249,7 @@ def _score(context: TrialContext, model: Any) -> Score:
         return evaluate(model, context.tokenizer, context.task, problems)
 
 
+@tells_out_of_memory("measuring the distance to the base")
 def _distance(context: TrialContext, base_dir: Path) -> float:
     """KL of the model to the base on its own samples; leaves torch's random state as it was.
 

@@ -7,7 +7,12 @@ import pytest
 from trl import DPOConfig, GRPOConfig, KTOConfig, RLOOConfig, SFTConfig
 
 from rlsparse.algorithms import ALGORITHMS
-from rlsparse.algorithms.arguments import TRL_ARGUMENT, algorithm_arguments, training_arguments
+from rlsparse.algorithms.arguments import (
+    TRL_ARGUMENT,
+    algorithm_arguments,
+    engine_arguments,
+    training_arguments,
+)
 from rlsparse.algorithms.experimental import experimental_classes
 from rlsparse.config import AlgorithmConfig, TrainConfig, TrialConfig
 from rlsparse.variants import models_of, tag_of
@@ -15,7 +20,7 @@ from rlsparse.variants import models_of, tag_of
 CLASSES = {tag_of(model): model for model in models_of(AlgorithmConfig)}
 DATA = {"name", "reward", "sampling_seed"}
 SAMPLED = DATA | {"num_samples_per_prompt", "temperature"}
-ROLLOUT = DATA | {"steps_per_rollout"}
+ROLLOUT = DATA | {"steps_per_rollout", "generation"}
 OURS = {
     "sft": {"name", "data"},
     "rft": SAMPLED,
@@ -91,6 +96,52 @@ def test_values_arrive_under_their_names():
 @pytest.mark.parametrize("name", ["grpo", "rloo", "ppo", "prime"])
 def test_no_clip_range_is_an_infinite_one(name):
     assert arguments_of(name, clip_range=None)["epsilon"] == math.inf
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo", "ppo", "prime"])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"mode": "colocate", "server_base_url": None, "importance_sampling_correction": True,
+              "importance_sampling_mode": "sequence_mask", "importance_sampling_clip_max": 3.0}),
+        ({"mode": "server", "server_url": "http://host:8000", "importance_sampling": None},
+         {"mode": "server", "server_base_url": "http://host:8000",
+          "importance_sampling_correction": False}),
+        ({"gpu_memory_utilization": 0.5, "tensor_parallel_size": 2, "importance_cap": 2.0,
+          "importance_sampling": "token_truncate"},
+         {"gpu_memory_utilization": 0.5, "tensor_parallel_size": 2,
+          "importance_sampling_mode": "token_truncate", "importance_sampling_clip_max": 2.0}),
+    ],
+)  # fmt: skip
+def test_vllm_by_configuration(name, given, expected, tmp_path):
+    """TRL takes the arguments; vLLM itself is not run here."""
+    generation = {"engine": "vllm", **given}
+    config = TrialConfig(algorithm={"name": name, "generation": generation})
+    found = engine_arguments(config.algorithm)
+    accepted = trl_config(name)(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, activation_checkpointing=False, **found
+    )
+    assert accepted.use_vllm
+    corrects = {key for key in expected if key.startswith("importance")}
+    for key in expected.keys() - (corrects if name == "rloo" else set()):
+        assert getattr(accepted, f"vllm_{key}") == expected[key]
+    # Whatever TRL has for vLLM is said explicitly, but for addresses that a URL stands for.
+    known = {f.name for f in fields(trl_config(name)) if "vllm" in f.name}
+    addresses = {"host", "port", "timeout"}
+    unsaid = {f"vllm_server_{one}" for one in addresses} | {"vllm_group_port"}
+    assert known - set(found) <= unsaid | {"vllm_importance_sampling_cap"}
+
+
+def test_without_vllm_nothing_of_it_is_said():
+    for name in ("grpo", "rloo", "ppo", "prime"):
+        config = TrialConfig(algorithm={"name": name})
+        assert engine_arguments(config.algorithm) == {"use_vllm": False}
+
+
+@pytest.mark.parametrize("given", [{"mode": "server"}, {"server_url": "http://host:8000"}])
+def test_a_server_has_a_url(given):
+    with pytest.raises(ValueError, match="mode server needs the URL of a running server"):
+        TrialConfig(algorithm={"name": "grpo", "generation": {"engine": "vllm", **given}})
 
 
 def test_arguments_of_training():

@@ -69,6 +69,17 @@ def test_trial_id_ignores_what_does_not_change_the_bits(same):
     assert name_of(same) == name_of(BASE)
 
 
+@pytest.mark.parametrize("name", ["grpo", "rloo", "ppo", "prime"])
+def test_where_an_engine_runs_is_not_of_the_name_of_a_trial(name):
+    def of(**generation):
+        return name_of({"algorithm": {"name": name, "generation": generation}})
+
+    assert of() == name_of({"algorithm": {"name": name}}) == of(gpu_memory_utilization=0.5)
+    server = {"mode": "server", "server_url": "http://a:8000"}
+    assert of(engine="vllm") == of(engine="vllm", **server) != of()
+    assert of(engine="vllm", importance_sampling=None) != of(engine="vllm")
+
+
 OTHER: dict[str, object] = {
     # train
     "num_steps": 21, "batch_size": 32, "learning_rate": 2e-5, "precision": "fp32",
@@ -91,6 +102,7 @@ OTHER: dict[str, object] = {
     "clip_range": 0.1, "num_iterations": 2, "steps_per_rollout": 2, "sampling_seed": 0,
     "scale_rewards": "none", "discount": 0.9, "gae_lambda": 0.9, "value_clip_range": None,
     "value_learning_rate": 2e-4, "init_seed": 0, "reward_beta": 0.1, "reward_learning_rate": 1e-4,
+    "generation": {"engine": "vllm"},
     "min_accuracy": 0.1, "max_accuracy": 0.9, "data": "mine.jsonl", "num_samples_per_prompt": 4,
     "beta": 0.3, "gamma": 0.5, "desirable_weight": 2.0, "undesirable_weight": 2.0,
 }  # fmt: skip

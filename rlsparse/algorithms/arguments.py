@@ -7,7 +7,7 @@ SimPO a temperature or a weight. We never share a name between the two.
 import math
 from typing import Any
 
-from rlsparse.config import AlgorithmConfig, TrainConfig
+from rlsparse.config import AlgorithmConfig, OnlineConfig, RlooConfig, TrainConfig
 
 _ONLINE = {
     "num_generations": "num_generations",
@@ -48,6 +48,33 @@ def algorithm_arguments(config: AlgorithmConfig) -> dict[str, Any]:
     if "epsilon" in arguments:
         arguments["epsilon"] = math.inf if values["clip_range"] is None else values["clip_range"]
     return arguments
+
+
+def engine_arguments(algorithm: OnlineConfig) -> dict[str, Any]:
+    """Arguments of TRL's configuration that say what samples; RLOO's knows no correction."""
+    engine = algorithm.generation
+    if engine.engine == "transformers":
+        return {"use_vllm": False}
+    arguments = {
+        "use_vllm": True,
+        "vllm_mode": engine.mode,
+        "vllm_model_impl": "vllm",
+        "vllm_enable_sleep_mode": False,
+        "vllm_server_base_url": engine.server_url,
+        "vllm_gpu_memory_utilization": engine.gpu_memory_utilization,
+        "vllm_tensor_parallel_size": engine.tensor_parallel_size,
+        "vllm_max_model_length": None,
+        "vllm_structured_outputs_regex": None,
+    }
+    if isinstance(algorithm, RlooConfig):
+        return arguments
+    return {
+        **arguments,
+        "vllm_importance_sampling_correction": engine.importance_sampling is not None,
+        "vllm_importance_sampling_mode": engine.importance_sampling or "sequence_mask",
+        "vllm_importance_sampling_clip_max": engine.importance_cap,
+        "vllm_importance_sampling_clip_min": None,
+    }
 
 
 def training_arguments(

@@ -9,7 +9,11 @@ import torch
 from datasets import Dataset
 
 from rlsparse import distributed
-from rlsparse.algorithms.arguments import algorithm_arguments, training_arguments
+from rlsparse.algorithms.arguments import (
+    algorithm_arguments,
+    engine_arguments,
+    training_arguments,
+)
 from rlsparse.config import OnlineConfig, TrialConfig
 from rlsparse.errors import TrialError
 from rlsparse.models.loading import load_model
@@ -83,7 +87,7 @@ class TrialContext:
             "sync_ref_model": False,
             "disable_dropout": True,
             "shuffle_dataset": True,
-            "use_vllm": False,
+            **engine_arguments(algorithm),
         }
 
     def dataset(self, rows: list[dict[str, Any]]) -> Dataset:

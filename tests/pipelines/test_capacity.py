@@ -11,7 +11,15 @@ import ray
 from rich.console import Console
 
 from pipelines import capacity, study
-from pipelines.capacity import Capacity, admit, host_bytes, host_memory, memory_of, misfit
+from pipelines.capacity import (
+    Capacity,
+    admit,
+    check_engines,
+    host_bytes,
+    host_memory,
+    memory_of,
+    misfit,
+)
 from pipelines.dry_run import print_dry_run
 from pipelines.plan import Plan, make_plan
 from pipelines.sweep import num_slots, run_trials
@@ -77,7 +85,7 @@ def test_what_does_not_fit_is_told_with_parts_and_remedy(tmp_path: Path) -> None
 
 
 def test_a_trial_on_a_gpu_must_fit_its_share(tmp_path: Path) -> None:
-    plan = plan_of(tmp_path, {"num_gpus": 0.5})
+    plan = plan_of(tmp_path, {"gpus_per_worker": 0.5})
     needed = memory_of(plan, plan.trials[0]).peak_bytes
     assert needed < 0.2 * GB  # of the device, not of the process
     assert misfit(plan, plan.trials, Capacity((0,), None)) is None  # not known
@@ -112,6 +120,34 @@ def test_the_dry_run_says_what_a_trial_takes(
     said = capsys.readouterr().out
     assert ": 1 trial at once\n" in said
     assert "does not fit here: trial sft s0" in said
+
+
+VLLM = {"name": "grpo", "generation": {"engine": "vllm"}}
+
+
+def test_vllm_needs_a_gpu_and_to_be_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_engines(plan_of(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"is vllm, which needs a GPU, but .*gpus_per_worker is 0"
+    ):
+        check_engines(plan_of(tmp_path, algorithm=VLLM))
+    plan = plan_of(tmp_path, {"gpus_per_worker": 1}, algorithm=VLLM)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="vLLM is not installed; `pip install"):
+        check_engines(plan)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    check_engines(plan)
+
+
+def test_vllm_takes_its_part_of_the_gpu(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, {"gpus_per_worker": 1}, algorithm=VLLM)
+    needed = memory_of(plan, plan.trials[0]).peak_bytes
+    assert misfit(plan, plan.trials, Capacity(0, int(needed / 0.69))) is None
+    assert "its share (0.7) of a GPU" in str(
+        misfit(plan, plan.trials, Capacity(0, int(needed / 0.71)))
+    )
 
 
 class Concurrency:
