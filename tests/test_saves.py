@@ -88,6 +88,8 @@ def test_a_save_says_whose_it_is(one_save, base):
     for other, named in [
         (identity(config, "f" * 12, base.fingerprint, 1), "trial"),
         (identity(config, TRIAL, base.fingerprint, 2), "num_threads"),
+        (identity(config, TRIAL, base.fingerprint, 1, "fsdp"), "strategy"),
+        ({**own, "num_workers": 2}, "num_workers"),
         (identity(config.model_copy(update={"seed": 1}), TRIAL, "0", 1), "base, config"),
         ({**own, "torch": "2.0"}, "torch"),
     ]:
