@@ -109,17 +109,17 @@ def run_trial(spec: dict[str, Any], report: Any = lambda metrics: None) -> None:
     saves = Saves(storage, name)
     config = TrialConfig.model_validate(spec["config"])
     ledger, is_first = Ledger(storage), distributed.rank() == 0
+    host, dead = socket.gethostname(), distributed.from_first(ledger.get(name))
+    if dead.host == host:  # an attempt that was killed left its files behind
+        shutil.rmtree(_scratch(name, dead.pid), ignore_errors=True)
     if is_first:
-        host, dead = socket.gethostname(), ledger.get(name)
-        if dead.host == host:  # an attempt that was killed left its files behind
-            shutil.rmtree(_scratch(name, dead.pid), ignore_errors=True)
         ledger.start(name, host=host, pid=os.getpid(), versions=environment())
-    distributed.wait_for_all()  # else the first would overwrite that another has failed
+    # No other goes on before: the first would overwrite that another has failed.
+    folder = _scratch(name, distributed.from_first(os.getpid()))
 
     def on_progress(row: dict[str, Any]) -> None:
         report({key: value for key, value in row.items() if value is not None})
 
-    folder = _scratch(name, os.getpid())
     try:
         try:
             base = load_base(config.model, expect=spec["base_identity"])
@@ -157,22 +157,29 @@ def _saving(
 ) -> Any:
     """How a trial is saved, if it is, and the newest save that it can go on from, if there is one.
 
-    The save's files of the trial are put into ``folder``.
+    The save's files of the trial are put into ``folder``. Of several workers, each is to call this;
+    all report the same, since no report of Ray Train's returns before that of every worker.
     """
     from rlsparse.saves import Saving, check
     from rlsparse.train import identity
 
     resources = spec["resources"]
-    if resources["save_interval_s"] is None or resources["num_workers"] > 1:
+    if resources["save_interval_s"] is None:
         return None
-    maker = identity(config, spec["trial_id"], base_fingerprint, resources["num_threads"])
+    maker = identity(
+        config,
+        spec["trial_id"],
+        base_fingerprint,
+        resources["num_threads"],
+        resources["strategy"],
+    )
 
     def note(text: str) -> None:
         report({"note": text})
 
     save = folder / "scratch" / "newest"
     newest = saves.newest(save, folder, lambda: check(save, folder, maker), note)
-    return Saving(resources["save_interval_s"], saves.put, newest, note)
+    return Saving(resources["save_interval_s"], saves, newest, note)
 
 
 def _check_data(config: TrialConfig, expect: str) -> None:
@@ -193,8 +200,14 @@ def _check_data(config: TrialConfig, expect: str) -> None:
 
 
 def _scratch(trial_id: str, pid: int | None) -> Path:
-    """Where a worker process keeps the files of a trial until they are published."""
-    return Path(tempfile.gettempdir()) / f"rlsparse-trial-{trial_id}-{pid}"
+    """Where a worker keeps the files of a trial until they are published.
+
+    ``pid`` is that of the first worker, which the ledger remembers.
+    """
+    from rlsparse.distributed import rank
+
+    of_another = f"-{rank()}" if rank() else ""
+    return Path(tempfile.gettempdir()) / f"rlsparse-trial-{trial_id}-{pid}{of_another}"
 
 
 def _spec(plan: Plan, trial: Trial) -> dict[str, Any]:

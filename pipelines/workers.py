@@ -80,7 +80,7 @@ def occupied(resources: Resources, memory_bytes: int = 0) -> dict[str, float]:
 
 
 class _Report(TuneReportCallback):  # type: ignore[misc]
-    """Passes the first worker's reports on to Tune, and not all of them: each costs time there."""
+    """Passes the first worker's reports on to Tune, but not every step: each costs time there."""
 
     def __init__(self, interval_s: float) -> None:
         super().__init__()
@@ -90,6 +90,8 @@ class _Report(TuneReportCallback):  # type: ignore[misc]
     def after_report(
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
     ) -> None:
-        if time.monotonic() - self._last >= self._interval_s:
+        if "note" in metrics[0]:
+            super().after_report(run_context, metrics, checkpoint)
+        elif time.monotonic() - self._last >= self._interval_s:
             self._last = time.monotonic()
             super().after_report(run_context, metrics, checkpoint)

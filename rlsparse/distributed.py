@@ -55,6 +55,11 @@ def gathered(value: Any) -> list[Any]:
     return box or []
 
 
+def first_given(value: Any) -> Any:
+    """Of plain data of all workers, the first that is not None, in their order; all get it."""
+    return from_first(next((one for one in gathered(value) if one is not None), None))
+
+
 def total(values: torch.Tensor) -> torch.Tensor:
     """Sum over all workers, elementwise; every worker gets it."""
     if num_workers() > 1:

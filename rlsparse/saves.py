@@ -1,10 +1,12 @@
 """Saves a trial while it trains, so that it can go on after a kill and end with the same bits.
 
-A save is a folder. In it lies what a trainer of transformers reads when it resumes (weights,
-optimizer, schedule, random states, position in the data), ``rlsparse.pt`` with what it would lose
-(models trained beside the policy and their optimizers, the rollout that is being used up, what the
-probe remembers), and ``save.json``, written last: whose it is, and a hash of every file. The files
-that the trial has left so far are named in it, too, but stay where they are.
+A save is a folder with one for the part of each worker, ``worker-0`` and so on. In that lies what a
+trainer of transformers reads when it resumes (random states, position in the data) and
+``rlsparse.pt`` with all else: weights and optimizer, as far as this worker holds them (under DDP
+each keeps all), schedule, models trained beside the policy and their optimizers, the rollout that
+is being used up, what the probe remembers. ``save.json`` is written last, when the parts of all
+workers are there: whose they are, and a hash of every file. The files that the trial has left so
+far are named in it, too, but kept once.
 
 All else is made again as it was made at first, from the base: reference policy, sampled data.
 """
@@ -15,33 +17,46 @@ import shutil
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import WEIGHTS_NAME
 
+from rlsparse import distributed
 from rlsparse.algorithms.rollouts import Companion
 from rlsparse.errors import CheckpointError, RlsparseWarning
-from rlsparse.probe import Probe
+from rlsparse.sharded import load_own_state, own_state
 from rlsparse.tasks.generate import Score
 from rlsparse.tasks.rewards import Seeded
 from rlsparse.trajectory import StepChanges
 
+_Result = TypeVar("_Result")
+
 INFO = "save.json"
 _STATE = "rlsparse.pt"
-_FORMAT = 1
+_FORMAT = 2
 _OF_TRL = ("_step", "_buffered_inputs", "_total_train_tokens")
 """Attributes of TRL's trainers that outlive a step but that resuming does not restore."""
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, RlsparseWarning, stacklevel=2)
+    if distributed.rank() == 0:
+        warnings.warn(text, RlsparseWarning, stacklevel=2)
+
+
+class Keeper(Protocol):
+    """Where the saves of a trial outlive the processes that train it."""
+
+    def put(self, step: int, part: Path, trial_dir: Path, trial_files: Collection[str]) -> None:
+        """Keep this worker's folder of a save, and the named files of the trial's folder."""
+
+    def complete(self, info: dict[str, Any]) -> None:
+        """Make the parts of ``info["step"]``, all being there, a save; the first worker's to do."""
 
 
 @dataclass(frozen=True)
@@ -50,24 +65,25 @@ class Saving:
 
     Attributes:
         interval_s: seconds of training between saves; 0 saves after every step but the last.
-        put: called with the folder of a save and the folder of the trial, to copy the one and what
-            ``trial_files`` names in the other to where they outlive this process.
-        resume_from: folder of a save that ``check`` accepted; None begins with the base.
-        warn: called with one line when a save fails; the trial goes on.
+        keeper: keeps the saves.
+        resume_from: folder of a save that ``check`` accepted on every worker, with this worker's
+            part; None begins with the base.
+        warn: called by every worker with the same line when a save fails; the trial goes on.
     """
 
     interval_s: float
-    put: Callable[[Path, Path], None]
+    keeper: Keeper
     resume_from: Path | None = None
     warn: Callable[[str], None] = _warn
 
 
 def check(folder: Path, trial_dir: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """What a save says of itself, once that was found to be true.
+    """What a save says of itself, once that was found to be true of this worker's part of it.
 
     Args:
         folder: of the save.
-        trial_dir: holds the files that the trial had left then.
+        trial_dir: holds the files that this worker had left then: all that of the trial, if it is
+            the first, else none.
         identity: of the trial that would go on from it, see ``train.identity``.
 
     Raises:
@@ -75,14 +91,15 @@ def check(folder: Path, trial_dir: Path, identity: dict[str, Any]) -> dict[str, 
     """
     try:
         info: dict[str, Any] = json.loads((folder / INFO).read_bytes())
-        there, here = info["identity"], _plain(identity)
+        own = info["workers"][distributed.rank()]
+        there, here = own["identity"], _plain(identity)
         if others := sorted(k for k in {*there, *here} if there.get(k) != here.get(k)):
             raise CheckpointError(f"it was made with other {', '.join(others)}")
         for place, key in ((folder, "files"), (trial_dir, "trial_files")):
-            for name, digest in info[key].items():
+            for name, digest in own[key].items():
                 if _digest(place / name) != digest:
                     raise CheckpointError(f"{name} is damaged")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"cannot continue from the save in {folder}: {error}; continue from another one, or "
             "begin again"
@@ -101,40 +118,51 @@ def spent(saving: Saving | None) -> dict[str, float]:
 class Saver(TrainerCallback):  # type: ignore[misc]
     """Trainer callback that saves a trial and, at the start, puts back what a save holds.
 
-    To be added after the probe, whose row of a step belongs to the save of that step.
+    To be added after the probe, whose row of a step belongs to the save of that step. Every worker
+    has one; all save after the same steps.
 
     Args:
         trainer: of the trial, as it was built on the base.
-        probe: of the trial.
+        probe: of the trial, or what stands in its place on a worker that measures nothing.
+        out_dir: folder of this worker's files of the trial.
         reward: what the trainer rewards with.
         saving: how to save.
         identity: written into saves.
         clock: the seconds that the trial has taken, as ``spent`` gives them back.
+
+    Attributes:
+        resume_from: what the trainer is to resume from, or None.
     """
 
     def __init__(
         self,
         trainer: Any,
-        probe: Probe,
-        reward: Any,
+        probe: Any,
         *,
+        out_dir: Path,
+        reward: Any,
         saving: Saving,
         identity: dict[str, Any],
         clock: Callable[[], dict[str, float]],
     ) -> None:
         self._trainer = trainer
         self._probe = probe
+        self._out_dir = out_dir
         self._reward = reward
         self._saving = saving
         self._identity = _plain(identity)
         self._clock = clock
         self._digests: dict[str, str] = {}
         self._saved_at = time.monotonic()
+        self._part = f"worker-{distributed.rank()}"
+        self.resume_from = saving.resume_from and saving.resume_from / self._part
+        # It would look for weights in files of its own; here they are put back with all else.
+        trainer._load_from_checkpoint = lambda *_: None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Restore what the trainer itself has not."""
-        if self._saving.resume_from is not None:
-            self._restore(self._saving.resume_from)
+        if self.resume_from is not None:
+            self._restore(self.resume_from)
             batches = given["train_dataloader"].batch_sampler
             sampler = getattr(batches, "batch_sampler", batches).sampler
             for _ in range(int(state.epoch)):  # its generator goes on from epoch to epoch
@@ -142,56 +170,65 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         self._saved_at = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Save after a step, if it is time to.
+        """Save after a step, if it is time to by the clock of any worker.
 
         The row of a step is the last that is made of it; what is drawn next belongs to the next.
         """
-        is_due = time.monotonic() - self._saved_at >= self._saving.interval_s
-        if "loss" not in logs or not is_due or state.global_step == state.max_steps:
+        if "loss" not in logs or state.global_step == state.max_steps:
             return
-        folder = Path(self._trainer.args.output_dir) / "save"
+        is_due = time.monotonic() - self._saved_at >= self._saving.interval_s
+        if not any(distributed.total_counts([is_due])):
+            return
         try:
-            self._write(folder)
-            self._saving.put(folder, self._probe.out_dir)
-        except (OSError, RuntimeError) as error:  # the second is torch.save's
-            reason = str(error).partition("\n")[0]
+            own = _together(self._put)
+            workers = distributed.gathered(own)  # all have put theirs
+            _together(lambda: self._complete(workers))
+        except OSError as error:
             self._saving.warn(
-                f"step {state.global_step} could not be saved ({reason}); training goes on, but "
+                f"step {state.global_step} could not be saved ({error}); training goes on, but "
                 "after a kill it would go on from an earlier step: free space"
             )
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
         self._saved_at = time.monotonic()
 
-    def _write(self, folder: Path) -> None:
+    def _put(self) -> dict[str, Any]:
+        """Put this worker's part where it is kept; returns what ``check`` wants to know of it."""
+        folder = Path(self._trainer.args.output_dir) / "save" / self._part
+        try:
+            own = self._write(folder)
+            step = self._trainer.state.global_step
+            self._saving.keeper.put(step, folder, self._out_dir, own["trial_files"])
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return own
+
+    def _complete(self, workers: list[dict[str, Any]]) -> None:
+        if distributed.rank() == 0:
+            step = self._trainer.state.global_step
+            info = {"step": step, "spent": self._clock(), "workers": workers}
+            self._saving.keeper.complete(info)
+
+    def _write(self, folder: Path) -> dict[str, Any]:
         folder.mkdir(parents=True)
-        trainer = self._trainer
-        # Not ``save_model``: that may rename weights to how a hub has them.
-        torch.save(trainer.model.state_dict(), folder / WEIGHTS_NAME)
-        trainer._save_optimizer_and_scheduler(str(folder))
-        trainer._save_rng_state(str(folder))
-        trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-        torch.save(self._beyond(), folder / _STATE)
-        info = {
-            "step": trainer.state.global_step,
+        self._trainer._save_rng_state(str(folder))
+        self._trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        torch.save(self._state(), folder / _STATE)
+        return {
             "identity": self._identity,
-            "spent": self._clock(),
-            "files": {file.name: _digest(file) for file in sorted(folder.iterdir())},
+            "files": {f"{folder.name}/{f.name}": _digest(f) for f in sorted(folder.iterdir())},
             "trial_files": self._trial_files(),
         }
-        (folder / INFO).write_text(json.dumps(info, indent=2, sort_keys=True) + "\n")
 
     def _trial_files(self) -> dict[str, str]:
         """Files that the trial has left so far, with their hashes; none is ever changed."""
-        trial_dir, scratch = self._probe.out_dir, Path(self._trainer.args.output_dir)
+        trial_dir, scratch = self._out_dir, Path(self._trainer.args.output_dir)
         for file in sorted(trial_dir.rglob("*")):
             name = file.relative_to(trial_dir).as_posix()
             if name not in self._digests and file.is_file() and scratch not in file.parents:
                 self._digests[name] = _digest(file)
         return self._digests
 
-    def _beyond(self) -> dict[str, Any]:
-        """What a trainer of transformers does not save, as plain data and tensors."""
+    def _state(self) -> dict[str, Any]:
+        """What lives in this worker from step to step, as plain data and tensors."""
         trainer = self._trainer
         of_trl = {name: getattr(trainer, name) for name in _OF_TRL if hasattr(trainer, name)}
         if "_buffered_inputs" in of_trl:
@@ -199,6 +236,8 @@ class Saver(TrainerCallback):  # type: ignore[misc]
             if trainer._step % reused == 0:  # used up
                 of_trl["_buffered_inputs"] = None
         return {
+            **own_state(trainer.model, trainer.optimizer),
+            "schedule": trainer.lr_scheduler.state_dict(),
             "trl": of_trl,
             "companions": {name: one.state_dict() for name, one in self._companions()},
             "probe": self._probe.state_dict(),
@@ -211,6 +250,8 @@ class Saver(TrainerCallback):  # type: ignore[misc]
     def _restore(self, folder: Path) -> None:
         with torch.serialization.safe_globals([Score, StepChanges]):
             state = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+        load_own_state(self._trainer.model, self._trainer.optimizer, state)
+        self._trainer.lr_scheduler.load_state_dict(state["schedule"])
         for name, value in send_to_device(state["trl"], self._trainer.args.device).items():
             setattr(self._trainer, name, value)
         for name, companion in self._companions():
@@ -218,6 +259,22 @@ class Saver(TrainerCallback):  # type: ignore[misc]
         self._probe.load_state_dict(state["probe"])
         if isinstance(self._reward, Seeded):
             self._reward.num_calls = state["reward_calls"]
+
+
+def _together(attempt: Callable[[], _Result]) -> _Result:
+    """What ``attempt`` gives on this worker.
+
+    Raises:
+        OSError: on every worker alike, if it failed on one.
+    """
+    reason = None
+    try:
+        result = attempt()
+    except (OSError, RuntimeError) as error:  # the second is torch.save's
+        reason = str(error).partition("\n")[0]
+    if (first := distributed.first_given(reason)) is not None:
+        raise OSError(first)
+    return result
 
 
 def _plain(identity: dict[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,11 @@ nowhere.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import recursively_apply
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
@@ -44,6 +46,34 @@ def own_rows(weight: torch.Tensor) -> torch.Tensor:
     assert isinstance(weight, DTensor)
     assert weight.placements == (Shard(0),)
     return distributed.own_part(weight).reshape(-1)
+
+
+def own_state(model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
+    """Weights and optimizer between steps, in ordinary tensors: what this worker holds of each."""
+    split(model)
+    state: dict[str, Any] = recursively_apply(
+        distributed.own_part, {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    )
+    return state
+
+
+def load_own_state(model: torch.nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
+    """Go on from what ``own_state`` gave to this worker, the weights being held as then."""
+    split(model)
+    for name, weight in model.state_dict().items():
+        distributed.own_part(weight).copy_(state["model"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    for weight, kept in optimizer.state.items():
+        if isinstance(weight, DTensor):
+            kept.update({name: _part_like(weight, own) for name, own in kept.items()})
+
+
+def _part_like(weight: DTensor, own: Any) -> Any:
+    """What an optimizer keeps of this worker's rows of ``weight``, as a part of a whole again."""
+    if not isinstance(own, torch.Tensor) or own.shape != weight.to_local().shape:
+        return own
+    mesh, placements = weight.device_mesh, weight.placements
+    return DTensor.from_local(own, mesh, placements, shape=weight.shape, stride=weight.stride())
 
 
 def start_of(shape: Sequence[int]) -> int:

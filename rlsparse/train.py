@@ -100,8 +100,13 @@ def train_trial(
     _make_deterministic(config.sampling_seed, num_threads)
     num_shards = distributed.num_workers() if strategy == "fsdp" else 1
     context = _load(config, base_dir, out_dir / "scratch", num_shards)
+    saver = None
+    if saving is not None:
+        maker = identity(config, trial_id, base_fingerprint, num_threads, strategy)
+        given: dict[str, Any] = {"reward": context.reward, "identity": maker, "clock": clock}
+        saver = partial(Saver, out_dir=out_dir, saving=saving, **given)
     if distributed.rank() > 0 and num_shards == 1:
-        _train(context, _Follower(on_progress))
+        _train(context, _Follower(on_progress), saver)
         return {}
     score_base = _score_stored(context, base_dir)
     median = _median_magnitude(context.model)
@@ -116,17 +121,7 @@ def train_trial(
         distance=lambda: _distance(context, base_dir),
         on_progress=on_progress,
     )
-    if saving is None:
-        _train(context, probe)
-    else:
-        maker = identity(config, trial_id, base_fingerprint, num_threads)
-        given: dict[str, Any] = {
-            "probe": probe,
-            "reward": context.reward,
-            "identity": maker,
-            "clock": clock,
-        }
-        _train(context, probe, partial(Saver, saving=saving, **given), saving.resume_from)
+    _train(context, probe, saver)
     split = probe.finish()
     if distributed.rank() > 0:
         return {}
@@ -163,16 +158,16 @@ def train_trial(
 
 
 def _train(
-    context: TrialContext,
-    callback: TrainerCallback,
-    saver: Callable[[Any], TrainerCallback] | None = None,
-    resume_from: Path | None = None,
+    context: TrialContext, callback: TrainerCallback, saver: partial[Saver] | None = None
 ) -> None:
     trainer = ALGORITHMS[context.config.algorithm.name](context)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(callback)
+    resume_from = None
     if saver is not None:
-        trainer.add_callback(saver(trainer))
+        saves = saver(trainer, callback)
+        trainer.add_callback(saves)
+        resume_from = saves.resume_from
     # Building the trainer seeded with the data's seed.
     transformers.set_seed(distributed.worker_seed(context.config.sampling_seed))
     trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
@@ -188,6 +183,12 @@ class _Follower(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if "loss" in logs:
             self._on_progress({"step": state.global_step})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
 
 
 @tells_out_of_memory("loading the base")
@@ -309,7 +310,11 @@ def _write_tables(probe: Probe, trial_id: str, out_dir: Path) -> None:
 
 
 def identity(
-    config: TrialConfig, trial_id: str, base_fingerprint: str, num_threads: int
+    config: TrialConfig,
+    trial_id: str,
+    base_fingerprint: str,
+    num_threads: int,
+    strategy: Strategy = "ddp",
 ) -> dict[str, Any]:
     """All that decides the bits of a trial on this machine: a save of another is not used."""
     return {
@@ -317,6 +322,8 @@ def identity(
         "trial": trial_id,
         "base": base_fingerprint,
         "num_threads": num_threads,
+        "num_workers": distributed.num_workers(),
+        "strategy": strategy,
         **environment(),
     }
 

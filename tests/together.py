@@ -4,9 +4,11 @@ import json
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import distributed, multiprocessing
@@ -136,6 +138,55 @@ def whole_weights(model: Any) -> dict[str, torch.Tensor]:
         name: (w.full_tensor() if hasattr(w, "full_tensor") else w).detach().clone()
         for name, w in model.named_parameters()
     }
+
+
+class Killed(BaseException):
+    """Ends a worker in the midst of a step."""
+
+
+def kill_and_go_on(rank: int, spec: dict[str, Any], out: Path) -> None:
+    """Both workers end after step 4 of a trial of a study, and begin it again.
+
+    The second one's first save fails, and its third is damaged; what was reported is kept.
+    """
+    from pipelines.storage import Storage
+    from pipelines.sweep import run_trial
+    from rlsparse.errors import StorageError
+
+    reports: list[list[dict[str, Any]]] = [[], []]
+    put = Storage.put
+
+    def put_or_fail(storage: Storage, file: Path, name: str) -> None:
+        if rank == 1 and "step-000001" in name:
+            raise StorageError("cannot write: No space left on device")
+        put(storage, file, name)
+
+    def die(row: dict[str, Any]) -> None:
+        reports[0].append(row)
+        if row.get("step") == 4:
+            raise Killed
+
+    with (
+        patch.object(Storage, "put", put_or_fail),
+        patch.object(Storage, "delete_folder"),  # so that there is more than one save
+        suppress(Killed),
+    ):
+        run_trial(spec, die)
+    if rank == 1:
+        storage, name = Storage(spec["storage"]), f"saves/{spec['trial_id']}/step-000003/worker-1"
+        content = bytearray(storage.read_bytes(f"{name}/rlsparse.pt"))
+        content[len(content) // 2] ^= 1
+        storage.write_bytes(f"{name}/rlsparse.pt", content)
+    distributed.barrier()
+    run_trial(spec, reports[1].append)
+    (out / f"{rank}.json").write_text(json.dumps(reports))
+
+
+def run_whole(rank: int, spec: dict[str, Any]) -> None:
+    """Run a trial of a study that nothing disturbs."""
+    from pipelines.sweep import run_trial
+
+    run_trial(spec)
 
 
 # --- other things that workers do together ---------------------------------------------------

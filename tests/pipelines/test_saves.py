@@ -1,6 +1,5 @@
 """A killed trial goes on from the newest save in the storage; one that is done leaves none."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,21 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Callable[[int], tuple[Path, Path]]:
-    """Makes a save of a step, and the folder of its trial."""
+def save(tmp_path: Path) -> Callable[[Saves, int], None]:
+    """Makes a save of a step, as the only worker does."""
 
-    def save(step: int) -> tuple[Path, Path]:
-        folder, trial = tmp_path / f"save-{step}", tmp_path / "trial"
-        folder.mkdir()
+    def save(saves: Saves, step: int) -> None:
+        part, trial = tmp_path / f"save-{step}" / "worker-0", tmp_path / "trial"
+        part.mkdir(parents=True)
         trial.mkdir(exist_ok=True)
-        (folder / "weights").write_bytes(bytes([step]))
+        (part / "weights").write_bytes(bytes([step]))
         (trial / f"patch-{step}").write_text("a patch")
-        files = {file.name: "" for file in trial.iterdir()}
-        info = {"step": step, "files": {"weights": ""}, "trial_files": files}
-        (folder / "save.json").write_text(json.dumps(info))
-        return folder, trial
+        own = {
+            "files": {"worker-0/weights": ""},
+            "trial_files": {file.name: "" for file in trial.iterdir()},
+        }
+        saves.put(step, part, trial, own["trial_files"])
+        saves.complete({"step": step, "workers": [own]})
 
     return save
 
@@ -46,21 +47,21 @@ def fetch(saves: Saves, to: Path, check: Callable[[], object] = lambda: None) ->
     return found, said
 
 
-def test_the_newest_save_is_kept_and_comes_back(storage, make, tmp_path):
+def test_the_newest_save_is_kept_and_comes_back(storage, save, tmp_path):
     saves = Saves(storage, "a")
     assert saves.steps() == []
     assert fetch(saves, tmp_path / "none") == (None, [])
-    saves.put(*make(1))
-    saves.put(*make(2))
+    save(saves, 1)
+    save(saves, 2)
     assert saves.steps() == [2]
     assert storage.list("saves/a") == ["step-000002", "trial"]
     found, said = fetch(saves, tmp_path / "back")
-    assert (found / "weights").read_bytes() == b"\2"
+    assert (found / "worker-0" / "weights").read_bytes() == b"\2"
     assert sorted(p.name for p in (tmp_path / "back" / "files").iterdir()) == ["patch-1", "patch-2"]
     assert said == ["goes on from step 2"]
 
 
-def test_files_of_the_trial_are_written_once(storage, make, monkeypatch):
+def test_files_of_the_trial_are_written_once(storage, save, monkeypatch):
     saves, written, put = Saves(storage, "a"), [], Storage.put
 
     def noted(self: Storage, file: Path, name: str) -> None:
@@ -68,31 +69,29 @@ def test_files_of_the_trial_are_written_once(storage, make, monkeypatch):
         put(self, file, name)
 
     monkeypatch.setattr(Storage, "put", noted)
-    saves.put(*make(1))
-    saves.put(*make(2))
-    assert written == ["patch-1", "weights", "save.json", "patch-2", "weights", "save.json"]
+    save(saves, 1)
+    save(saves, 2)
+    assert written == ["patch-1", "weights", "patch-2", "weights"]
 
 
-def test_a_save_that_breaks_off_leaves_the_one_before(storage, make, monkeypatch, tmp_path):
-    saves, put = Saves(storage, "a"), Storage.put
-    saves.put(*make(1))
+def test_a_save_that_breaks_off_leaves_the_one_before(storage, save, monkeypatch, tmp_path):
+    saves = Saves(storage, "a")
+    save(saves, 1)
 
-    def full(self: Storage, file: Path, name: str) -> None:
-        if name.endswith("save.json"):
-            raise StorageError("disk full")
-        put(self, file, name)
+    def full(*_: object) -> None:
+        raise StorageError("disk full")
 
-    monkeypatch.setattr(Storage, "put", full)
+    monkeypatch.setattr(Storage, "write_json", full)
     with pytest.raises(StorageError, match="disk full"):
-        saves.put(*make(2))
+        save(saves, 2)
     assert saves.steps() == [1]
     found, _ = fetch(saves, tmp_path / "back")
-    assert (found / "weights").read_bytes() == b"\1"
+    assert (found / "worker-0" / "weights").read_bytes() == b"\1"
 
 
-def test_what_cannot_be_used_is_said_and_leaves_no_trace(storage, make, tmp_path):
+def test_what_cannot_be_used_is_said_and_leaves_no_trace(storage, save, tmp_path):
     saves, back = Saves(storage, "a"), tmp_path / "back"
-    saves.put(*make(1))
+    save(saves, 1)
 
     def refuse() -> None:
         raise CheckpointError("it is damaged")
@@ -101,7 +100,7 @@ def test_what_cannot_be_used_is_said_and_leaves_no_trace(storage, make, tmp_path
         None, ["the save after step 1 is not used: it is damaged"]
     )  # fmt: skip
     assert list(back.iterdir()) == []
-    storage.delete("saves/a/step-000001/weights")
+    storage.delete("saves/a/step-000001/worker-0/weights")
     found, said = fetch(saves, back)
     assert found is None
     assert "cannot read" in said[0]
@@ -109,9 +108,9 @@ def test_what_cannot_be_used_is_said_and_leaves_no_trace(storage, make, tmp_path
     assert "save.json is damaged" in fetch(saves, back)[1][0]
 
 
-def test_saves_of_trials_that_are_done_or_gone_are_deleted(storage, make):
+def test_saves_of_trials_that_are_done_or_gone_are_deleted(storage, save):
     for name in ("a", "b"):
-        Saves(storage, name).put(*make(ord(name)))
+        save(Saves(storage, name), ord(name))
     prune(storage, keep={"b"})
     assert storage.list("saves") == ["b"]
 
@@ -193,13 +192,13 @@ def test_a_trial_begins_again_where_its_save_is_damaged(
     plan: Plan, undisturbed: dict[str, bytes]
 ) -> None:
     kill_after(3, plan)
-    folder = f"saves/{plan.trials[0].trial_id}/step-000002"
-    content = bytearray(plan.storage.read_bytes(f"{folder}/optimizer.pt"))
+    folder = f"saves/{plan.trials[0].trial_id}/step-000002/worker-0"
+    content = bytearray(plan.storage.read_bytes(f"{folder}/rlsparse.pt"))
     content[len(content) // 2] ^= 1
-    plan.storage.write_bytes(f"{folder}/optimizer.pt", bytes(content))
+    plan.storage.write_bytes(f"{folder}/rlsparse.pt", bytes(content))
     reported = go_on(plan)
     assert "step 2 is not used" in reported[0]["note"]
-    assert "optimizer.pt is damaged" in reported[0]["note"]
+    assert "rlsparse.pt is damaged" in reported[0]["note"]
     assert [row["step"] for row in reported if row.get("step")] == [1, 2, 3, 4]
     assert left(plan) == undisturbed
 
