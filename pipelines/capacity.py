@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from pipelines.plan import Plan, model_size
-from rlsparse.config import EngineConfig, OnlineConfig
+from rlsparse.algorithm_config import EngineConfig, OnlineConfig
 from rlsparse.costs import GPU_HOST_BYTES, Device, Memory, remedies, trial_memory
 from rlsparse.errors import ConfigError
 from rlsparse.study import Trial

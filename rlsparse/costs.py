@@ -10,16 +10,9 @@ sequences, experts, attention that keeps its scores) take it as good to a factor
 from dataclasses import dataclass
 from typing import Literal
 
+from rlsparse.algorithm_config import OnlineConfig, PreferenceConfig, SampledDataConfig
 from rlsparse.checkpoint import Checkpoint
-from rlsparse.config import (
-    NUM_DISTANCE_PROBLEMS,
-    STORED_DTYPE,
-    OnlineConfig,
-    PreferenceConfig,
-    SampledDataConfig,
-    TrainConfig,
-    TrialConfig,
-)
+from rlsparse.config import NUM_DISTANCE_PROBLEMS, STORED_DTYPE, TrainConfig, TrialConfig
 from rlsparse.names import layer_and_module
 from rlsparse.tensor_file import ITEMSIZE
 

@@ -8,7 +8,7 @@ import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rlsparse.config import AlgorithmConfig
+from rlsparse.algorithm_config import AlgorithmConfig
 from rlsparse.identity import canonical_json
 from rlsparse.task_config import ProblemSetConfig, TaskConfig
 from rlsparse.variants import defaults_of

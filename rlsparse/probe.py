@@ -17,9 +17,10 @@ import torch
 from transformers import TrainerCallback
 
 from rlsparse import distributed, masks, tables
+from rlsparse.algorithm_config import OnlineConfig
 from rlsparse.cast_changes import cast_changes
 from rlsparse.checkpoint import Checkpoint
-from rlsparse.config import OnlineConfig, TrialConfig
+from rlsparse.config import TrialConfig
 from rlsparse.deltas import tensor_mask_rows
 from rlsparse.errors import CheckpointError, TrialError
 from rlsparse.kernels import cast_bits, popcount

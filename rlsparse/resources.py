@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import AliasChoices, Field, model_validator
 
-from rlsparse.config import KtoConfig, OnlineConfig, TrialConfig
+from rlsparse.algorithm_config import KtoConfig, OnlineConfig
+from rlsparse.config import TrialConfig
 from rlsparse.variants import Config
 
 Strategy = Literal["ddp", "fsdp"]

@@ -59,7 +59,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("cpu_s", pa.float64()),
             # Of cpu_s, what each part of the probe took; null where it was not asked for.
             *((f"probe_{part}_cpu_s", pa.float64()) for part in PROBE_PARTS),
-            ("peak_bytes", pa.int64()),  # of the process (CPU, since it began) or of the GPU
+            ("peak_bytes", pa.int64()),  # of the process (CPU) or of the GPU, while the trial ran
             # What ``costs`` expected of the last two before the trial began; time on a CPU alone.
             ("estimated_peak_bytes", pa.int64()),
             ("estimated_cpu_s", pa.float64()),

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
+from rlsparse.algorithm_config import AlgorithmConfig
 from rlsparse.claim_config import Claim
-from rlsparse.config import AlgorithmConfig, ModelConfig, TrialConfig
+from rlsparse.config import ModelConfig, TrialConfig
 from rlsparse.errors import ConfigError
 from rlsparse.identity import canonical_json, trial_id
 from rlsparse.levels import (

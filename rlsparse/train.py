@@ -1,11 +1,9 @@
 """One trial in one process: load the base, train, measure, leave files. Needs no Ray."""
 
 import contextlib
-import gc
 import json
 import os
 import platform
-import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -25,7 +23,7 @@ from rlsparse.checkpoint import Checkpoint
 from rlsparse.config import NUM_DISTANCE_PROBLEMS, TrialConfig
 from rlsparse.costs import estimates
 from rlsparse.errors import TrialError
-from rlsparse.memory import tells_out_of_memory
+from rlsparse.memory import peak_bytes, release, tells_out_of_memory
 from rlsparse.models.loading import TORCH_DTYPES, load_model, load_tokenizer
 from rlsparse.optim import select_trainable
 from rlsparse.probe import Probe
@@ -85,8 +83,7 @@ def train_trial(
             memory left).
         CheckpointError: transformers loads other weights than the files of the base hold.
     """
-    gc.collect()  # the trial before this one in the same worker holds cycles
-    torch.cuda.empty_cache()
+    release()
     before = spent(saving)
     started, cpu_started = time.monotonic(), time.process_time()
 
@@ -144,7 +141,7 @@ def train_trial(
         **split,
         **probe.prices.columns(),
         **clock(),
-        "peak_bytes": _peak_bytes(),
+        "peak_bytes": peak_bytes(),
         **estimates(
             config,
             probe.base,
@@ -202,7 +199,6 @@ def _load(
     select_trainable(model, config.train)
     if torch.cuda.is_available():
         model = model.to("cuda")
-        torch.cuda.reset_peak_memory_stats()
     return TrialContext(
         config=config,
         model=model,
@@ -372,13 +368,6 @@ def _save_checkpoint(context: TrialContext, path: Path) -> None:
     dtype = TORCH_DTYPES[context.config.stored_dtype]
     context.model.to(dtype).save_pretrained(path)
     context.tokenizer.save_pretrained(path)
-
-
-def _peak_bytes() -> int:
-    """Peak of device memory, or of this process (since its start) where there is no device."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _write_json(path: Path, value: Any) -> None:

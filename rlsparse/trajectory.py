@@ -97,7 +97,8 @@ class Trajectory:
     def trained(self) -> Iterator[tuple[str, int, np.ndarray]]:
         """Each weight in the format that is trained, one at a time: its flat unsigned bits.
 
-        Before them its name, and the flat index of the first of them.
+        Before them its name, and the flat index of the first of them. The bits may be the weight's
+        own memory: they hold until the next step.
         """
         for name, weight in self._weights():
             yield name, 0, _unsigned(_bits(weight, weight.dtype).cpu())

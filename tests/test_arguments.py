@@ -6,6 +6,7 @@ from dataclasses import fields
 import pytest
 from trl import DPOConfig, GRPOConfig, KTOConfig, RLOOConfig, SFTConfig
 
+from rlsparse.algorithm_config import AlgorithmConfig
 from rlsparse.algorithms import ALGORITHMS
 from rlsparse.algorithms.arguments import (
     TRL_ARGUMENT,
@@ -14,7 +15,7 @@ from rlsparse.algorithms.arguments import (
     training_arguments,
 )
 from rlsparse.algorithms.experimental import experimental_classes
-from rlsparse.config import AlgorithmConfig, TrainConfig, TrialConfig
+from rlsparse.config import TrainConfig, TrialConfig
 from rlsparse.variants import models_of, tag_of
 
 CLASSES = {tag_of(model): model for model in models_of(AlgorithmConfig)}

@@ -6,15 +6,8 @@ import sys
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from rlsparse.config import (
-    STORED_DTYPE,
-    DpoConfig,
-    ProbeConfig,
-    Reward,
-    SftConfig,
-    TrainConfig,
-    TrialConfig,
-)
+from rlsparse.algorithm_config import DpoConfig, Reward, SftConfig
+from rlsparse.config import STORED_DTYPE, ProbeConfig, TrainConfig, TrialConfig
 from rlsparse.task_config import BasicArithmeticConfig, DatasetConfig
 
 

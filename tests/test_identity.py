@@ -9,7 +9,8 @@ import json
 import pytest
 import record_golden
 
-from rlsparse.config import AlgorithmConfig, ProbeConfig, SftConfig, TrainConfig, TrialConfig
+from rlsparse.algorithm_config import AlgorithmConfig, SftConfig
+from rlsparse.config import ProbeConfig, TrainConfig, TrialConfig
 from rlsparse.identity import canonical_json, trial_id
 from rlsparse.task_config import ChainSumConfig, TaskConfig
 from rlsparse.variants import models_of, tag_of

@@ -2,7 +2,8 @@
 
 import pytest
 
-from rlsparse.config import GrpoConfig, TrialConfig
+from rlsparse.algorithm_config import GrpoConfig
+from rlsparse.config import TrialConfig
 from rlsparse.levels import (
     at_level,
     canonical_path,

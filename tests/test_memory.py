@@ -1,7 +1,9 @@
 """Running out of memory: one line that says where and what to lower, and the process goes on."""
 
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from conftest import Base
 
 from rlsparse.config import TrialConfig
 from rlsparse.errors import TrialError
-from rlsparse.memory import is_out_of_memory, tells_out_of_memory
+from rlsparse.memory import is_out_of_memory, peak_bytes, release, tells_out_of_memory
 
 # The limit leaves 200 MB: the first trial's pass does not fit, the second one's does.
 PROCESS = """
@@ -21,8 +23,8 @@ from rlsparse.config import TrialConfig
 from rlsparse.errors import TrialError
 large, small, base, fingerprint, out = sys.argv[1:]
 models, load = [], train.load_model
-def watched(*args):
-    models.append(weakref.ref(model := load(*args)))
+def watched(*args, **kwargs):
+    models.append(weakref.ref(model := load(*args, **kwargs)))
     return model
 train.load_model = watched
 def run(config, name):
@@ -100,3 +102,20 @@ def test_other_errors_stay_as_they_are() -> None:
         work(CONFIG)
     assert type(raised.value) is RuntimeError
     assert not is_out_of_memory(TrialError("can't allocate memory"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts from the process's start")
+def test_a_trial_does_not_begin_with_the_peak_and_the_memory_of_the_one_before() -> None:
+    """In small pieces between which one is kept, as a trial leaves them: glibc keeps them all."""
+    pieces = [torch.ones(20_000) for _ in range(4000)]
+    kept, high = pieces[-1], peak_bytes()
+    del pieces
+    before = resident()
+    release()
+    assert resident() < before - 250e6
+    assert peak_bytes() < high - 250e6
+    assert kept.sum() == 20_000
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

@@ -9,8 +9,9 @@ import pytest
 import rollout_oracle as oracle
 import torch
 
+from rlsparse.algorithm_config import PpoConfig, PrimeConfig
 from rlsparse.algorithms import ALGORITHMS, rollouts
-from rlsparse.config import PpoConfig, PrimeConfig, TrainConfig, TrialConfig
+from rlsparse.config import TrainConfig, TrialConfig
 from rlsparse.errors import TrialError
 from rlsparse.models.loading import load_model
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from small_study import STUDY, load, with_factors
 
-from rlsparse.config import DpoConfig, GrpoConfig, RlooConfig, SftConfig
+from rlsparse.algorithm_config import DpoConfig, GrpoConfig, RlooConfig, SftConfig
 from rlsparse.errors import ConfigError
 from rlsparse.levels import level_label
 from rlsparse.study import Study, Trial, collapsed_factors, expand

@@ -3,7 +3,7 @@
 import pytest
 from small_study import STUDY, load, with_factors
 
-from rlsparse.config import GrpoConfig, SftConfig
+from rlsparse.algorithm_config import GrpoConfig, SftConfig
 from rlsparse.errors import ConfigError
 from rlsparse.study_file import load_study
 

@@ -3,7 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from rlsparse.config import AlgorithmConfig, KtoConfig, SimpoConfig, TrainConfig, TrialConfig
+from rlsparse.algorithm_config import AlgorithmConfig, KtoConfig, SimpoConfig
+from rlsparse.config import TrainConfig, TrialConfig
 from rlsparse.study import Study
 from rlsparse.task_config import ChainSumConfig, DatasetConfig, TaskConfig
 from rlsparse.variants import defaults_of, distinct, explain, models_at, models_of, place_of, tag_of

@@ -268,7 +268,7 @@ def observe(rank: int, num_steps: int, out: Path) -> None:
         "ever": dict(trajectory.ever_changed()),
         "stored": {name: (shape, bits) for name, shape, bits in trajectory.stored()},
         "spaced": spaced(model, 4),
-        "trained": list(trajectory.trained()),
+        "trained": [(name, start, bits.copy()) for name, start, bits in trajectory.trained()],
         "totals": trajectory.totals([rank, 1]),
         "finite": [changes[-1].is_finite],
     }

@@ -7,7 +7,8 @@ SimPO a temperature or a weight. We never share a name between the two.
 import math
 from typing import Any
 
-from rlsparse.config import AlgorithmConfig, OnlineConfig, RlooConfig, TrainConfig
+from rlsparse.algorithm_config import AlgorithmConfig, OnlineConfig, RlooConfig
+from rlsparse.config import TrainConfig
 
 _ONLINE = {
     "num_generations": "num_generations",

@@ -9,12 +9,13 @@ import torch
 from datasets import Dataset
 
 from rlsparse import distributed
+from rlsparse.algorithm_config import OnlineConfig
 from rlsparse.algorithms.arguments import (
     algorithm_arguments,
     engine_arguments,
     training_arguments,
 )
-from rlsparse.config import OnlineConfig, TrialConfig
+from rlsparse.config import TrialConfig
 from rlsparse.errors import TrialError
 from rlsparse.models.loading import load_model
 from rlsparse.optim import build_optimizer

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 
 from rlsparse import distributed
+from rlsparse.algorithm_config import PpoConfig
 from rlsparse.algorithms import rollouts
 from rlsparse.algorithms.context import TrialContext
-from rlsparse.config import PpoConfig
 
 
 def generalized_advantages(

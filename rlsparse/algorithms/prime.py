@@ -25,9 +25,9 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from rlsparse import distributed
+from rlsparse.algorithm_config import PrimeConfig
 from rlsparse.algorithms import rollouts
 from rlsparse.algorithms.context import TrialContext
-from rlsparse.config import PrimeConfig
 from rlsparse.errors import TrialError
 
 

@@ -17,9 +17,10 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from rlsparse import distributed
+from rlsparse.algorithm_config import OnlineConfig
 from rlsparse.algorithms.context import TrialContext
 from rlsparse.algorithms.grpo import GRPO_ARGUMENTS
-from rlsparse.config import OnlineConfig, TrialConfig
+from rlsparse.config import TrialConfig
 from rlsparse.errors import TrialError
 from rlsparse.optim import build_optimizer
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlsparse.algorithm_config import PreferenceConfig, SampledDataConfig, SftConfig
 from rlsparse.algorithms.context import TrialContext
-from rlsparse.config import PreferenceConfig, SampledDataConfig, SftConfig
 from rlsparse.errors import TrialError
 from rlsparse.tasks import Problem, render_prompts
 from rlsparse.tasks.generate import complete

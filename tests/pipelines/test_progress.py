@@ -9,7 +9,8 @@ from rich.console import Console
 from pipelines.ledger import Ledger
 from pipelines.progress import Progress
 from pipelines.storage import Storage
-from rlsparse.config import SftConfig, TrialConfig
+from rlsparse.algorithm_config import SftConfig
+from rlsparse.config import TrialConfig
 from rlsparse.study import Trial
 
 
