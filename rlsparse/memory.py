@@ -1,4 +1,7 @@
-"""Running out of memory is one clear error: which phase, how much there was, what to lower."""
+"""Memory of a trial: what the one before it left, its peak, and one clear error when it runs out.
+
+The error says in which phase, how much there was, and what to lower.
+"""
 
 import contextlib
 import ctypes

@@ -83,10 +83,10 @@ def _whole_model(config: TrialConfig) -> str | None:
             f"does not train {algorithm.name}, whose second model every worker holds whole; leave "
             "strategy out (ddp), or take another algorithm"
         )
-    if isinstance(algorithm, OnlineConfig) and algorithm.kl_coef:
+    if isinstance(algorithm, OnlineConfig) and algorithm.generation.engine == "vllm":
         return (
-            f"trains {algorithm.name} without a reference only, which every worker would hold "
-            f"whole; set algorithm.kl_coef {algorithm.kl_coef:g} to 0, or leave strategy out (ddp)"
+            "does not hand vLLM its weights, which each worker has a part of; set "
+            "algorithm.generation.engine to transformers, or leave strategy out (ddp)"
         )
     if config.keep_checkpoints:
         return (

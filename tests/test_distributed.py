@@ -26,7 +26,6 @@ PROBE = {
     "snapshots": [2], "k_steps": [2], "step_masks": True, "score_snapshots": False, "casts": True,
     "update_interval": 1,
 }  # fmt: skip
-WITHOUT_REFERENCE = {"kl_coef": 0.0}
 
 
 def config(name: str, **algorithm: object) -> TrialConfig:
@@ -52,14 +51,12 @@ TOKENS = tokens()
 def together(tmp_path_factory, base):
     folder = tmp_path_factory.mktemp("together")
     jobs = {
-        (strategy, name): Job(config(name, **more), folder / f"{strategy}-{name}", strategy)
-        for strategy, name, more in [
-            *(("ddp", name, {}) for name in ("sft", "dpo", "ppo", "prime")),
-            ("ddp", "grpo", WITHOUT_REFERENCE),
-            ("fsdp", "sft", {}),
-            ("fsdp", "dpo", {}),
-            ("fsdp", "grpo", WITHOUT_REFERENCE),
-        ]
+        (strategy, name): Job(config(name), folder / f"{strategy}-{name}", strategy)
+        for strategy, names in (
+            ("ddp", ("sft", "dpo", "grpo", "rloo", "ppo", "prime")),
+            ("fsdp", ("sft", "dpo", "grpo", "rloo")),
+        )
+        for name in names
     }
     calls = [
         (average_gradients, (folder,)), (whiten, (TOKENS, folder)),
@@ -116,18 +113,22 @@ def test_two_workers_follow_the_trajectory_of_one(together, alone, strategy, nam
     assert summaries[0]["gate_ratio"] == summaries[1]["gate_ratio"]
 
 
-def test_both_strategies_agree_where_the_same_is_sampled(together):
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_both_strategies_agree_where_the_same_is_sampled(together, name):
     """Each worker draws from its own generator, whatever the strategy."""
-    ddp, fsdp = together["ddp", "grpo"], together["fsdp", "grpo"]
-    rows = [job.progress()[0] for job in (ddp, fsdp)]
-    assert rows[0]["reward"] == rows[1]["reward"]
-    assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-4)
+    ddp, fsdp = together["ddp", name], together["fsdp", name]
+    rows = [job.progress() for job in (ddp, fsdp)]
+    assert rows[0][0]["reward"] == rows[1][0]["reward"]
+    assert rows[0][0]["grad_norm"] == pytest.approx(rows[1][0]["grad_norm"], rel=1e-4)
+    second = [row[1]["kl"] for row in rows]  # to a reference in parts, under fsdp
+    assert second[0] != 0
+    assert second[0] == pytest.approx(second[1], rel=1e-3)
     first = [job.weights()[1] for job in (ddp, fsdp)]
     for name, weight in first[0].items():
         torch.testing.assert_close(first[1][name], weight, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "grpo", "ppo", "prime"])
+@pytest.mark.parametrize("name", ["sft", "dpo", "grpo", "rloo", "ppo", "prime"])
 def test_all_workers_hold_the_same_bits(together, name):
     job = together["ddp", name]
     start, *_, last = job.weights(0)
@@ -147,7 +148,7 @@ def test_what_is_trained_beside_the_policy_is_the_same_on_all_workers(together, 
     assert len(moved) > 30
 
 
-@pytest.mark.parametrize("name", ["grpo", "ppo", "prime"])
+@pytest.mark.parametrize("name", ["grpo", "rloo", "ppo", "prime"])
 def test_rewards_are_those_of_all_workers(together, name):
     rewards = [row["reward"] for row in together["ddp", name].progress() if row.get("reward")]
     assert rewards

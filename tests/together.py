@@ -83,6 +83,7 @@ def train(job: Job, base: Any, rank: int = 0) -> None:
     from transformers import TrainerCallback
 
     from rlsparse.algorithms import ALGORITHMS, rollouts
+    from rlsparse.sharded import is_sharded
     from rlsparse.train import train_trial
 
     build, original = ALGORITHMS[job.config.algorithm.name], rollouts.Companion
@@ -102,6 +103,8 @@ def train(job: Job, base: Any, rank: int = 0) -> None:
     def building(context: Any) -> Any:
         trainer = build(context)
         trainer.add_callback(Keep(context.model))
+        if (reference := getattr(trainer, "ref_model", None)) is not None:
+            assert is_sharded(reference) == is_sharded(context.model)
         return trainer
 
     def companion(*given: Any) -> Any:

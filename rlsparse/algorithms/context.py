@@ -17,7 +17,7 @@ from rlsparse.algorithms.arguments import (
 )
 from rlsparse.config import TrialConfig
 from rlsparse.errors import TrialError
-from rlsparse.models.loading import load_model
+from rlsparse.models.loading import in_parts, load_model
 from rlsparse.optim import build_optimizer
 from rlsparse.sharded import split
 from rlsparse.tasks import Problem, Reward, Task
@@ -88,6 +88,7 @@ class TrialContext:
             "sync_ref_model": False,
             "disable_dropout": True,
             "shuffle_dataset": True,
+            "model_init_kwargs": in_parts(self.num_shards) or None,  # of the reference alone
             **engine_arguments(algorithm),
         }
 

@@ -72,9 +72,11 @@ def load_model(path: Path, precision: Precision, *, num_shards: int = 1) -> Any:
     Raises:
         CheckpointError: the installed transformers loads no model in parts.
     """
-    parts = {"distributed_config": _split_over(num_shards)} if num_shards > 1 else {}
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=TORCH_DTYPES[STORED_DTYPE[precision]], trust_remote_code=False, **parts
+        path,
+        dtype=TORCH_DTYPES[STORED_DTYPE[precision]],
+        trust_remote_code=False,
+        **in_parts(num_shards),
     )
     own = model.generation_config
     model.generation_config = GenerationConfig(
@@ -83,11 +85,14 @@ def load_model(path: Path, precision: Precision, *, num_shards: int = 1) -> Any:
     return model.float() if precision == "bf16-mixed" else model
 
 
-def _split_over(num_shards: int) -> Any:
+def in_parts(num_shards: int) -> dict[str, Any]:
+    """What ``from_pretrained`` is given so that each worker holds a part; see ``load_model``."""
+    if num_shards == 1:
+        return {}
     try:
         from transformers.distributed import DistributedConfig
 
-        return DistributedConfig(fsdp_size=num_shards)
+        return {"distributed_config": DistributedConfig(fsdp_size=num_shards)}
     except (ImportError, TypeError) as error:
         raise CheckpointError(
             f"transformers {version('transformers')} cannot load a model in parts ({error}); "
