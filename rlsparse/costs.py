@@ -25,8 +25,9 @@ GPU_HOST_BYTES = 4_000_000_000
 """Rough: the same of a process that drives a GPU, whose libraries are larger."""
 _RETAINED = 0.05
 """Freed memory that the allocator does not give back or cannot use again, of all else."""
-_SCORE_BATCH, _DISTANCE_BATCH = 256, 64
-"""Prompts of a forward pass in ``tasks.generate``: when scoring, and for the distance."""
+_SCORE_BATCH, _DISTANCE_BATCH, _DISTANCE_LOGITS = 256, 64, 2**26
+"""Prompts of a forward pass in ``tasks.generate``: when scoring, and for the distance; for which
+so many logits are computed at once."""
 _TILE = (4096, 32768)
 """Tokens and vocabulary of a tile of logits in TRL's losses (``trl.kernels.chunked_logprob``)."""
 _WHOLE_LOGITS = ("simpo", "orpo")
@@ -291,15 +292,16 @@ def _distance(config: TrialConfig, size: ModelSize, length: int, num_shards: int
     item, compute = _weight_bytes(train), 4 if train.precision == "fp32" else 2
     mixed = train.precision == "bf16-mixed"
     count = min(_DISTANCE_BATCH, config.task.num_eval_problems, NUM_DISTANCE_PROBLEMS)
-    answers = count * config.task.max_completion_tokens * size.vocabulary
+    sequence = config.task.max_completion_tokens * size.vocabulary
+    answers = min(count * sequence, max(sequence, _DISTANCE_LOGITS))
     return {
         "base": total * item,
         # The bf16 weights of both models; while the base is loaded, those that it is read as.
         "autocast": total * 4 if mixed else 0,
         "activations": count * length * _passing(size, compute),
-        # Of all tokens as they are computed, and in fp32 (bf16 products accumulate in it on a CPU,
-        # and autocast hands them on in it); of the completions five fp32 copies.
-        "logits": count * length * size.vocabulary * (4 if compute == 4 else 6) + 5 * 4 * answers,
+        # As they are computed, and in fp32 (bf16 products accumulate in it on a CPU, and autocast
+        # hands them on in it); then five fp32 copies.
+        "logits": answers * ((4 if compute == 4 else 6) + 5 * 4),
     }
 
 

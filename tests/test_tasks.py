@@ -216,8 +216,10 @@ def test_mode_and_generator_are_left_as_they_were(task, model, tokenizer, mode):
     model.eval()
 
 
-@pytest.mark.parametrize("batch_size", [50, 5])
-def test_kl_divergence_is_that_of_the_next_token_on_own_samples(task, model, tokenizer, batch_size):
+@pytest.mark.parametrize(("batch_size", "max_logits"), [(50, 2**26), (5, 2**26), (50, 10_000)])
+def test_kl_divergence_is_that_of_the_next_token_on_own_samples(
+    task, model, tokenizer, batch_size, max_logits
+):
     """Against a sum over the vocabulary in float64, one unpadded sequence at a time."""
     moved = load_model(TINY, "fp32")
     generator = torch.Generator().manual_seed(0)
@@ -226,7 +228,10 @@ def test_kl_divergence_is_that_of_the_next_token_on_own_samples(task, model, tok
             weight.mul_(1 + 0.1 * torch.randn(weight.shape, generator=generator))
     prompts = [p.prompt for p in task.problems("test", 12)] + ["1 + 2 - 3 + 4 ="]
     torch.manual_seed(3)
-    found = kl_divergence(moved, model, tokenizer, prompts, max_new_tokens=4, batch_size=batch_size)
+    found = kl_divergence(
+        moved, model, tokenizer, prompts,
+        max_new_tokens=4, batch_size=batch_size, max_logits=max_logits,
+    )  # fmt: skip
     torch.manual_seed(3)
     sampled: list[list[int]] = []
     for first in range(0, len(prompts), batch_size):

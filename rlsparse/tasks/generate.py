@@ -108,6 +108,7 @@ def kl_divergence(
     *,
     max_new_tokens: int,
     batch_size: int = 64,
+    max_logits: int = 2**26,
 ) -> float:
     """KL(model || base) per token, over completions sampled from ``model`` at temperature 1.
 
@@ -120,7 +121,9 @@ def kl_divergence(
         tokenizer: of both.
         prompts: what is completed; padded on the left.
         max_new_tokens: longest completion, in tokens.
-        batch_size: prompts a forward pass.
+        batch_size: prompts that are completed at once.
+        max_logits: logits of one model at once, of a sequence at least; five copies are held, in
+            fp32 1.3 GB by default.
     """
     total, count = 0.0, 0
     for batch in _batches(model, tokenizer, prompts, batch_size):
@@ -143,11 +146,17 @@ def kl_divergence(
             "attention_mask": mask,
             "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
         }
-        log_p, log_q = (
-            one(**given).logits[:, start - 1 : -1].float().log_softmax(-1) for one in (model, base)
-        )
-        divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
-        total += float((divergence * real).sum())
+        num_new = real.shape[1]
+        num_rows = max(1, max_logits // (num_new * model.config.get_text_config().vocab_size))
+        for first in range(0, len(real), num_rows):
+            rows = slice(first, first + num_rows)
+            part = {name: values[rows] for name, values in given.items()}
+            log_p, log_q = (
+                one(**part, logits_to_keep=num_new + 1).logits[:, :-1].float().log_softmax(-1)
+                for one in (model, base)
+            )
+            divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+            total += float((divergence * real[rows]).sum())
         count += int(real.sum())
     return total / count
 
