@@ -173,6 +173,7 @@ class Concurrency:
 def session() -> Iterator[None]:
     """Ray with two cores and memory for one and a half times 2 GB."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray sets it, for all later tests
         patch.setenv("RAY_AIR_NEW_OUTPUT", "0")
         patch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
         ray.init(
