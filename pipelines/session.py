@@ -13,6 +13,16 @@ _REMEDY = "start it with `ray up` or `ray start --head`, or leave --address out"
 _LOGIN = "if it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN; else"
 _CONNECT_TIMEOUT_S = 10
 
+ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Else Tune takes Ctrl-C for the wish to end the sweep, and the study would go on.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # Else relative paths of data and modules would be looked for in a folder of Tune's.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+"""What Ray reads when it starts."""
+
 
 class RaySession:
     """Ray on this machine, or a cluster; a study that is done never starts it.
@@ -33,12 +43,7 @@ class RaySession:
         """
         if self._started:
             return
-        os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-        os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
-        # Else Tune takes Ctrl-C for the wish to end the sweep, and the study would go on.
-        os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-        # Else relative paths of data and modules would be looked for in a folder of Tune's.
-        os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+        os.environ |= ENVIRONMENT
         import ray
 
         settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "critical"}

@@ -29,10 +29,11 @@ from rlsparse.algorithms import ALGORITHMS
 from rlsparse.checkpoint import Checkpoint, fingerprint
 from rlsparse.config import ModelConfig, TrialConfig
 from rlsparse.costs import ModelSize, trial_memory
+from rlsparse.memory import peak_bytes
 from rlsparse.models import TINY, resolve
 from rlsparse.probe import Probe
 from rlsparse.tasks.generate import Score
-from rlsparse.train import _load, _make_deterministic, _peak_bytes, environment
+from rlsparse.train import _load, _make_deterministic, environment
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
@@ -97,7 +98,7 @@ def train(config: TrialConfig, base_dir: Path, *, with_probe: bool) -> dict[str,
             base=checkpoint,
             base_fingerprint=fingerprint(checkpoint),
             out_dir=folder,
-            score=lambda: Score(num_correct=0, num_problems=1),
+            score=lambda: Score((0.0,)),
             distance=lambda: 0.0,
             on_progress=lambda row: None,
         ) if with_probe else None  # fmt: skip
@@ -108,7 +109,7 @@ def train(config: TrialConfig, base_dir: Path, *, with_probe: bool) -> dict[str,
             trainer.add_callback(probe)
         transformers.set_seed(config.sampling_seed)
         trainer.train()
-        found: dict[str, Any] = {"step_s": clock.median_s, "peak_bytes": _peak_bytes()}
+        found: dict[str, Any] = {"step_s": clock.median_s, "peak_bytes": peak_bytes()}
         if probe:
             split, size = probe.finish(), ModelSize.of(checkpoint)
             device = "gpu" if torch.cuda.is_available() else "cpu"

@@ -22,6 +22,7 @@ from pipelines.capacity import (
 )
 from pipelines.dry_run import print_dry_run
 from pipelines.plan import Plan, make_plan
+from pipelines.session import ENVIRONMENT
 from pipelines.sweep import num_slots, run_trials
 from rlsparse.costs import GPU_HOST_BYTES
 from rlsparse.errors import ConfigError
@@ -174,8 +175,8 @@ def session() -> Iterator[None]:
     """Ray with two cores and memory for one and a half times 2 GB."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray sets it, for all later tests
-        patch.setenv("RAY_AIR_NEW_OUTPUT", "0")
-        patch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
         ray.init(
             address="local", num_cpus=2, _memory=3 * GB, include_dashboard=False,
             log_to_driver=False, logging_level="critical",

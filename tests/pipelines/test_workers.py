@@ -50,8 +50,7 @@ def test_as_many_trials_run_as_there_is_room_for_all_their_workers(
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": 5.0})
     assert sweep.num_slots(resources) == slots
-    assert sweep._reserved(resources) == reserved
-    assert sweep._most_at_once(resources) == (slots if resources.num_workers > 1 else None)
+    assert sweep._reserved(resources, memory_bytes=0) == reserved
     assert occupied(resources)["CPU"] == resources.num_threads
 
 
