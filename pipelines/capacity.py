@@ -1,10 +1,12 @@
-"""What memory the machines have, and whether a study's trials fit: told before anything trains.
+"""What the machines have, and whether a study's trials fit: told before anything trains.
 
 Ray starts no more trials on a machine at a time than its ``memory`` has room for, by the estimate
 of the largest one (``rlsparse.costs``); a trial that fits nowhere is refused.
 """
 
 import importlib.util
+import itertools
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -34,15 +36,19 @@ _CGROUPS = (
 
 @dataclass(frozen=True)
 class Capacity:
-    """Memory that trials can have.
+    """What trials can have.
 
     Attributes:
-        hosts: bytes of each machine.
+        hosts: bytes of memory of each machine.
         gpu_bytes: of the smallest GPU; None where there is none, or none is known.
+        num_cpus: cores of all machines.
+        num_gpus: GPUs of all machines.
     """
 
     hosts: tuple[int, ...]
     gpu_bytes: int | None = None
+    num_cpus: float = 1
+    num_gpus: float = 0
 
     @property
     def host_bytes(self) -> int:
@@ -73,29 +79,30 @@ def host_memory(root: Path = Path("/")) -> int:
     return max(0, free - _RESERVED_BYTES)
 
 
-def gpu_memory() -> int | None:
-    """Bytes of the smallest GPU of this machine, None without one. Needs no torch."""
+def gpus() -> list[int]:
+    """Bytes of each GPU of this machine. Needs no torch."""
     program = shutil.which("nvidia-smi")
     if program is None:
-        return None
+        return []
     command = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
-    sizes = [int(line) for line in found.stdout.split() if line.isdecimal()]
-    return min(sizes) * 2**20 if found.returncode == 0 and sizes else None
+    sizes = [int(line) * 2**20 for line in found.stdout.split() if line.isdecimal()]
+    return sizes if found.returncode == 0 else []
 
 
 def here() -> Capacity:
-    """Memory of this machine."""
-    return Capacity((host_memory(),), gpu_memory())
+    """What this machine has."""
+    own = gpus()
+    return Capacity((host_memory(),), min(own, default=None), os.cpu_count() or 1, len(own))
 
 
 def of_session() -> Capacity:
-    """Memory of the machines of the Ray session; what an autoscaler would add is not known."""
+    """What the Ray session's machines have; what an autoscaler would add is not known."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    ask = ray.remote(gpu_memory)
+    ask = ray.remote(gpus)
     answers = ray.get(
         [
             ask.options(
@@ -108,7 +115,9 @@ def of_session() -> Capacity:
     )
     return Capacity(
         hosts=tuple(int(node["Resources"].get("memory", 0)) for node in nodes),
-        gpu_bytes=min((size for size in answers if size), default=None),
+        gpu_bytes=min(itertools.chain(*answers), default=None),
+        num_cpus=sum(node["Resources"].get("CPU", 0) for node in nodes),
+        num_gpus=sum(node["Resources"].get("GPU", 0) for node in nodes),
     )
 
 
@@ -158,6 +167,22 @@ def _engine(trial: Trial) -> EngineConfig:
     return algorithm.generation if isinstance(algorithm, OnlineConfig) else EngineConfig()
 
 
+def shortage(plan: Plan, capacity: Capacity) -> str | None:
+    """Why no trial could ever start: more cores or GPUs asked for than there are; else None."""
+    resources = plan.study.resources
+    for what, name, each, there in (
+        ("GPUs", "gpus_per_worker", resources.gpus_per_worker, capacity.num_gpus),
+        ("cores", "num_threads", resources.num_threads, capacity.num_cpus),
+    ):
+        if (wanted := each * resources.num_workers) > there:
+            return (
+                f"a trial takes {wanted:g} {what} (resources.{name} {each:g} x num_workers "
+                f"{resources.num_workers}) and there are {there:g}; lower them, or give the "
+                "--address of a cluster that has as many"
+            )
+    return None
+
+
 def misfit(plan: Plan, trials: Sequence[Trial], capacity: Capacity) -> str | None:
     """Why the largest of ``trials`` does not fit, with what to lower; None if it does."""
     resources = plan.study.resources
@@ -180,7 +205,7 @@ def misfit(plan: Plan, trials: Sequence[Trial], capacity: Capacity) -> str | Non
     return (
         f"trial {largest.label} ({largest.trial_id}) would take about {_gb(memory.peak_bytes)} of "
         f"memory{of_each} at its largest ({memory.moment}: {memory}), but {there}; "
-        f"{'; '.join(remedies(memory))}"
+        f"{'; '.join(remedies(memory, largest.config))}"
     )
 
 
@@ -188,13 +213,12 @@ def _gb(size_bytes: int) -> str:
     return f"{size_bytes / 1e9:.2f} GB"
 
 
-def admit(plan: Plan, trials: Sequence[Trial], *, allow_oversize: bool) -> int:
-    """Bytes of host memory that each worker of a trial is to reserve in the Ray session.
+def admit(plan: Plan, trials: Sequence[Trial], capacity: Capacity, *, allow_oversize: bool) -> int:
+    """Bytes of host memory that each worker of a trial is to reserve.
 
     Raises:
         ConfigError: a trial fits on no machine, and ``allow_oversize`` is not given.
     """
-    capacity = of_session()
     reason = misfit(plan, trials, capacity)
     if reason and not allow_oversize:
         raise ConfigError(f"{reason}; or --allow-oversize, as estimates err by up to a half")

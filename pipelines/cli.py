@@ -174,17 +174,19 @@ def status(
     rows: list[dict[str, Any]] = []
     for trial in plan.trials:
         entry = plan.ledger.get(trial.trial_id)
+        saved_step = max(Saves(plan.storage, trial.trial_id).steps(), default=None)
+        has_begun = entry.status == "running" or saved_step is not None
         rows.append(
             {
                 "trial_id": trial.trial_id,
                 "label": trial.label,
-                # Whoever ran it is gone; the next run does it again.
+                # Whoever ran it is gone; the next run goes on with it.
                 "status": "interrupted"
-                if entry.status == "running" and not at_work
+                if has_begun and entry.status in ("running", "planned") and not at_work
                 else entry.status,
                 "attempts": entry.attempts,
                 "error": entry.error,
-                "saved_step": max(Saves(plan.storage, trial.trial_id).steps(), default=None),
+                "saved_step": saved_step,
             }
         )
     names = ("finished", "running", "interrupted", "failed", "planned")

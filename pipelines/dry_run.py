@@ -3,6 +3,7 @@
 import os
 
 from pipelines import capacity
+from pipelines.capacity import Capacity
 from pipelines.plan import Plan, wall_seconds
 from rlsparse.costs import patch_bytes, probe_bytes, step_mask_bytes
 from rlsparse.study import Trial, collapsed_factors
@@ -24,7 +25,8 @@ def print_dry_run(plan: Plan) -> None:
     for path, algorithms in collapsed_factors(plan.study).items():
         print(f"  {path} does not exist for {', '.join(algorithms)}: those cells are one")
     sized = [(trial.config, plan.base(trial).num_weights) for trial in plan.trials]
-    num_slots, machine = _slots(plan), capacity.here()
+    machine = capacity.here()
+    num_slots = _slots(plan, machine)
     time = f"about {wall_seconds(plan, num_slots) / 60:.1f} min on the {os.cpu_count()} cores of"
     if plan.study.resources.gpus_per_worker:
         time = "for a time that is not estimated for GPUs, on"
@@ -38,19 +40,27 @@ def print_dry_run(plan: Plan) -> None:
     largest = max(
         (capacity.memory_of(plan, trial) for trial in plan.trials), key=lambda m: m.peak_bytes
     )
-    place = "of the GPU" if plan.study.resources.gpus_per_worker else "of memory"
-    print(
-        f"a trial takes up to {largest.peak_bytes / 1e9:.2f} GB {place} by estimate "
-        f"({largest.moment}: {largest}); {machine.host_bytes / 1e9:.1f} GB are free here: "
-        f"{num_slots} trial{'s' * (num_slots > 1)} at once"
-    )
-    if reason := capacity.misfit(plan, plan.trials, machine):
-        print(f"does not fit here: {reason}")
+    parts = f" ({largest.moment}: {largest})" if str(largest) else ""
+    if plan.study.resources.gpus_per_worker:
+        place, free = "of a GPU", machine.gpu_bytes or 0
+    else:
+        place, free = "of memory", machine.host_bytes
+    taken = f"a trial takes up to {largest.peak_bytes / 1e9:.2f} GB {place} by estimate{parts}"
+    here = f"{free / 1e9:.1f} GB are free here"
+    if reason := capacity.shortage(plan, machine):
+        print(f"{taken}\ndoes not fit here: {reason}")
+    elif reason := capacity.misfit(plan, plan.trials, machine):
+        print(f"{taken}; {here}\ndoes not fit here: {reason}; or run with --allow-oversize")
+    else:
+        print(f"{taken}; {here}: {num_slots} trial{'s' * (num_slots > 1)} at once")
 
 
-def _slots(plan: Plan) -> int:
-    """Trials that this machine runs at once, by cores and memory."""
-    resources = plan.study.resources
-    by_cores = (os.cpu_count() or 1) // resources.num_threads
-    by_memory = capacity.here().num_places(capacity.host_bytes(plan, plan.trials))
-    return max(1, min(by_cores, by_memory) // resources.num_workers)
+def _slots(plan: Plan, machine: Capacity) -> int:
+    """Trials that this machine runs at once, by cores, GPUs and memory; at least 1."""
+    resources, share = plan.study.resources, plan.study.resources.gpus_per_worker
+    places = [
+        machine.num_cpus // resources.num_threads,
+        machine.num_places(capacity.host_bytes(plan, plan.trials)),
+        *([machine.num_gpus // share] if share else []),
+    ]
+    return max(1, int(min(places)) // resources.num_workers)

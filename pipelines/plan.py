@@ -19,6 +19,8 @@ from rlsparse.study import Study, Trial, expand
 from rlsparse.tasks import data_version
 
 _STARTUP_S = 25.0
+_WORKERS_STARTUP_S = 15.0
+"""Of each trial on several workers, which begin anew and import torch and TRL."""
 
 
 @dataclass(frozen=True)
@@ -190,5 +192,7 @@ def model_size(path: Path) -> ModelSize:
 
 def wall_seconds(plan: Plan, num_slots: int) -> float:
     """Rough wall time of all trials on a CPU, so many at a time."""
+    num_workers = plan.study.resources.num_workers
+    each = _WORKERS_STARTUP_S if num_workers > 1 else 0.0
     total = sum(cpu_seconds(t.config, plan.base(t).num_weights) for t in plan.trials)
-    return _STARTUP_S + total / (num_slots * plan.study.resources.num_workers)
+    return _STARTUP_S + (total / num_workers + each * len(plan.trials)) / num_slots

@@ -3,7 +3,7 @@
 ``saves/<trial_id>/step-000010/`` is one save, with a folder for the part of each worker,
 ``worker-0`` and so on; it is complete when its ``save.json`` is there, which is written last. In
 ``saves/<trial_id>/trial/`` lie the files that the trial had left by then, each written once. Only
-the newest save is kept, and none of a trial that is done.
+the newest save is kept, and none of a trial that is done; those of trials of other settings stay.
 """
 
 import shutil
@@ -81,6 +81,7 @@ class Saves:
         Returns:
             ``save``, or None: the trial has to begin with the base.
         """
+        reason = None
         for step in reversed(distributed.from_first(self.steps())):
             reason = None
             try:
@@ -95,6 +96,8 @@ class Saves:
             note(f"the save after step {step} is not used: {reason}")
             shutil.rmtree(save, ignore_errors=True)
             shutil.rmtree(trial_dir, ignore_errors=True)
+        if reason:
+            note("begins again")
         return None
 
     def _copy(self, step: int, save: Path, trial_dir: Path) -> None:
@@ -118,8 +121,12 @@ class Saves:
         self._storage.delete_folder(self._root)
 
 
-def prune(storage: Storage, keep: Collection[str]) -> None:
-    """Delete the saves of all trials but ``keep``, by trial id."""
+def prune(storage: Storage) -> list[str]:
+    """Delete the saves of trials that are done; returns the ids of trials whose saves are left."""
+    left = []
     for trial_id in storage.list(_FOLDER):
-        if trial_id not in keep:
+        if storage.is_done(f"trials/{trial_id}"):
             Saves(storage, trial_id).delete()
+        else:
+            left.append(trial_id)
+    return left

@@ -75,10 +75,17 @@ class Storage:
         return bool(kind != fs.FileType.NotFound)
 
     def list(self, name: str) -> list[str]:
-        """Names of what lies directly in a folder, sorted; empty if there is no such folder."""
-        found = self._root[0].get_file_info(
-            fs.FileSelector(self.path(name), allow_not_found=True, recursive=False)
-        )
+        """Names of what lies directly in a folder, sorted; empty if there is no such folder.
+
+        Raises:
+            StorageError: it cannot be listed.
+        """
+        try:
+            found = self._root[0].get_file_info(
+                fs.FileSelector(self.path(name), allow_not_found=True, recursive=False)
+            )
+        except OSError as error:
+            raise StorageError(f"cannot list {self.url}/{name}: {error}") from error
         return sorted(info.base_name for info in found if not info.base_name.startswith("."))
 
     def read_bytes(self, name: str) -> bytes:

@@ -76,14 +76,23 @@ def run_study(
             if entries[trial.trial_id].status != "finished"
             and (only is None or trial.trial_id.startswith(only))
         ]
-        unfinished = {n for n, entry in entries.items() if entry.status != "finished"}
-        saves.prune(plan.storage, keep=unfinished)
+        if others := set(saves.prune(plan.storage)) - entries.keys():
+            console.print(
+                f"saves of {len(others)} unfinished trials of other settings stay in "
+                f"{plan.storage.url}/saves; delete {', '.join(sorted(others))} there to free space",
+                soft_wrap=True,
+            )
         if todo and not allow_mixed:
             _check_environment(plan)
         with RaySession(address) as session:
             if todo:
                 session.start()
-                memory_bytes = capacity.admit(plan, todo, allow_oversize=allow_oversize)
+                machines = capacity.of_session()
+                if reason := capacity.shortage(plan, machines):
+                    if address is None:
+                        raise ConfigError(reason)
+                    console.print(f"waiting for more machines to join: {reason}", soft_wrap=True)
+                memory_bytes = capacity.admit(plan, todo, machines, allow_oversize=allow_oversize)
             write_study(plan, command if only is None else None)
             record.tell(record.registration(plan.storage, plan.study, plan.study.seeds), console)
             if todo:

@@ -119,7 +119,8 @@ class TrialConfig(Config):
             beyond = [s for s in getattr(self.probe, name) if s > self.train.num_steps]
             if beyond:
                 raise ValueError(
-                    f"probe.{name} {beyond} lie beyond train.num_steps {self.train.num_steps}"
+                    f"probe.{name} {beyond} lie beyond train.num_steps {self.train.num_steps}; "
+                    "leave them out, or raise it"
                 )
         if (self.probe.update_interval or 0) > self.train.num_steps:
             raise ValueError(

@@ -10,7 +10,12 @@ sequences, experts, attention that keeps its scores) take it as good to a factor
 from dataclasses import dataclass
 from typing import Literal
 
-from rlsparse.algorithm_config import OnlineConfig, PreferenceConfig, SampledDataConfig
+from rlsparse.algorithm_config import (
+    KtoConfig,
+    OnlineConfig,
+    PreferenceConfig,
+    SampledDataConfig,
+)
 from rlsparse.checkpoint import Checkpoint
 from rlsparse.config import NUM_DISTANCE_PROBLEMS, STORED_DTYPE, TrainConfig, TrialConfig
 from rlsparse.names import layer_and_module
@@ -161,14 +166,15 @@ def trial_memory(
     return Memory(worst.moment, {**worst.parts, "allocator": int(_RETAINED * worst.peak_bytes)})
 
 
+_SMALLER_PASSES = "smaller passes"
 _REMEDIES = {
     "logits": {
-        "step": "raise train.gradient_accumulation_steps",
+        "step": _SMALLER_PASSES,
         "rollout": "lower train.batch_size or algorithm.steps_per_rollout",
         "score": "lower task.num_eval_problems, of which 256 are scored at once",
         "distance": "lower task.num_eval_problems below 64 or task.max_completion_tokens",
     },
-    "activations": {"step": "raise train.gradient_accumulation_steps"},
+    "activations": {"step": _SMALLER_PASSES},
     "keys and values": {"rollout": "lower train.batch_size or algorithm.steps_per_rollout"},
     "probe": {"": "ask for fewer probe.k_steps"},
     "optimizer": {"": "train.optimizer: sgd-momentum or sgd, or fewer train.trainable_modules"},
@@ -178,13 +184,30 @@ _REMEDIES = {
 """Part -> moment, or "" for all -> what makes it smaller."""
 
 
-def remedies(memory: Memory) -> list[str]:
+def smaller_passes(config: TrialConfig) -> str:
+    """How a trial takes fewer tokens at once: no forward pass splits what is compared in it."""
+    algorithm = config.algorithm
+    whole = 2 if isinstance(algorithm, KtoConfig) else 1
+    if isinstance(algorithm, OnlineConfig):
+        whole = algorithm.num_generations
+    if (micro := config.train.micro_batch_size) > whole:
+        return (
+            "raise train.gradient_accumulation_steps "
+            f"{config.train.gradient_accumulation_steps} (a pass takes {micro} sequences)"
+        )
+    if isinstance(algorithm, OnlineConfig):
+        return f"lower algorithm.num_generations {whole} (a pass takes them all)"
+    return f"lower task.max_completion_tokens {config.task.max_completion_tokens}"
+
+
+def remedies(memory: Memory, config: TrialConfig) -> list[str]:
     """What to change so that a trial takes at least a twentieth less, the most effective first."""
     ordered = sorted(memory.parts, key=lambda part: -memory.parts[part])
     ordered = [part for part in ordered if memory.parts[part] > 0.05 * memory.peak_bytes]
     known = [_REMEDIES.get(part, {}) for part in ordered]
     found = [way.get(memory.moment, way.get("")) for way in known]
-    return list(dict.fromkeys(text for text in found if text))
+    told = [smaller_passes(config) if way == _SMALLER_PASSES else way for way in found]
+    return list(dict.fromkeys(text for text in told if text))
 
 
 def estimates(

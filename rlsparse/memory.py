@@ -17,6 +17,7 @@ import torch
 
 from rlsparse.algorithm_config import OnlineConfig
 from rlsparse.config import TrialConfig
+from rlsparse.costs import smaller_passes
 from rlsparse.errors import RlsparseError, TrialError
 
 _ON_A_CPU = ("can't allocate memory", "not enough memory")
@@ -121,8 +122,7 @@ def _remedy(phase: str, config: TrialConfig) -> str:
     if phase == "loading the base":
         return f"use a smaller model.source, or less than train.precision {train.precision}"
     ways = [
-        f"raise train.gradient_accumulation_steps {train.gradient_accumulation_steps} (a pass "
-        f"takes {train.micro_batch_size} sequences)",
+        smaller_passes(config),
         f"use train.optimizer sgd for {train.optimizer}" if train.optimizer != "sgd" else "",
         f"fewer probe.k_steps {list(config.probe.k_steps)}" if config.probe.k_steps else "",
         f"train fewer weights (train.trainable_modules) or in less than {train.precision}",

@@ -93,17 +93,19 @@ def check(folder: Path, trial_dir: Path, identity: dict[str, Any]) -> dict[str, 
         info: dict[str, Any] = json.loads((folder / INFO).read_bytes())
         own = info["workers"][distributed.rank()]
         there, here = own["identity"], _plain(identity)
-        if others := sorted(k for k in {*there, *here} if there.get(k) != here.get(k)):
-            raise CheckpointError(f"it was made with other {', '.join(others)}")
-        for place, key in ((folder, "files"), (trial_dir, "trial_files")):
-            for name, digest in own[key].items():
-                if _digest(place / name) != digest:
-                    raise CheckpointError(f"{name} is damaged")
+        others = sorted(k for k in {*there, *here} if there.get(k) != here.get(k))
+        damaged = [
+            name
+            for place, key in ((folder, "files"), (trial_dir, "trial_files"))
+            for name, digest in own[key].items()
+            if _digest(place / name) != digest
+        ]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"cannot continue from the save in {folder}: {error}; continue from another one, or "
-            "begin again"
-        ) from error
+        raise CheckpointError(f"it cannot be read ({error})") from error
+    if others:
+        raise CheckpointError(f"it was made with other {', '.join(others)}")
+    if damaged:
+        raise CheckpointError(f"{', '.join(damaged)} is damaged")
     return info
 
 

@@ -204,7 +204,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         [
             ("trial_id", pa.string()),
             ("step", pa.int64()),
-            ("kind", pa.string()),  # final, snapshot, ever_changed; step, in files of trials
+            ("kind", pa.string()),  # snapshot, ever_changed; step, in files of trials
             ("view", pa.string()),
             *_key,
             *_chunk,

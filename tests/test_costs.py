@@ -18,6 +18,7 @@ from rlsparse.costs import (
     estimates,
     probe_bytes,
     remedies,
+    smaller_passes,
     step_mask_bytes,
     trial_memory,
 )
@@ -164,14 +165,36 @@ def test_what_lowers_memory_lowers_the_estimate() -> None:
 
 def test_remedies_are_of_the_largest_parts_at_that_moment() -> None:
     memory = Memory("step", {"activations": 80, "optimizer": 30, "probe": 4, "autocast": 20})
-    first, second = remedies(memory)
-    assert first == "raise train.gradient_accumulation_steps"
+    first, second = remedies(memory, config_of("sft", batch_size=8))
+    assert first == "raise train.gradient_accumulation_steps 1 (a pass takes 8 sequences)"
     assert "sgd" in second
-    (only,) = remedies(Memory("distance", {"logits": 80, "activations": 90}))
+    (only,) = remedies(Memory("distance", {"logits": 80, "activations": 90}), config_of("sft"))
     assert "task.num_eval_problems" in only
     assert str(Memory("step", {"weights": 10**9, "probe": 2 * 10**9})) == (
         "probe 2.00 GB, weights 1.00 GB"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "algorithm", "said"),
+    [
+        ("grpo", {"batch_size": 32}, {}, "raise train.gradient_accumulation_steps 1"),
+        ("grpo", {"batch_size": 8}, {}, "lower algorithm.num_generations 8"),
+        (
+            "grpo",
+            {"batch_size": 32, "gradient_accumulation_steps": 4},
+            {},
+            "lower algorithm.num_generations 8",
+        ),
+        ("kto", {"batch_size": 2}, {}, "lower task.max_completion_tokens 6"),
+        ("kto", {"batch_size": 3}, {}, "raise train.gradient_accumulation_steps 1"),
+        ("sft", {"batch_size": 2}, {}, "raise train.gradient_accumulation_steps 1"),
+        ("sft", {"batch_size": 1}, {}, "lower task.max_completion_tokens 6"),
+    ],
+)
+def test_what_makes_passes_smaller_can_be_done(name, train, algorithm, said) -> None:
+    config = TrialConfig.model_validate({"algorithm": {"name": name, **algorithm}, "train": train})
+    assert said in smaller_passes(config)
 
 
 def test_dimensions_of_a_base() -> None:

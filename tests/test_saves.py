@@ -93,7 +93,7 @@ def test_a_save_says_whose_it_is(one_save, base):
         (identity(config.model_copy(update={"seed": 1}), TRIAL, "0", 1), "base, config"),
         ({**own, "torch": "2.0"}, "torch"),
     ]:
-        with pytest.raises(CheckpointError, match=f"made with other {named};"):
+        with pytest.raises(CheckpointError, match=f"made with other {named}$"):
             saves.check(shelf.save(1), shelf.trial(1), other)
 
 
@@ -107,7 +107,7 @@ def test_a_damaged_save_is_refused(name, one_save, copied, base):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content[:-1] if name == "save.json" else content)
-    with pytest.raises(CheckpointError, match="cannot continue from the save"):
+    with pytest.raises(CheckpointError, match=r"is damaged$|cannot be read"):
         saves.check(copied.save(1), copied.trial(1), own)
 
 

@@ -1,6 +1,7 @@
 """A trial that fits nowhere is refused before anything trains; others share the memory."""
 
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,7 @@ def test_the_dry_run_says_what_a_trial_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = plan_of(tmp_path)
-    monkeypatch.setattr(capacity, "here", lambda: Capacity((2 * GB,)))
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr(capacity, "here", lambda: Capacity((2 * GB,), num_cpus=8))
     print_dry_run(plan)
     said = capsys.readouterr().out
     needed = memory_of(plan, plan.trials[0]).peak_bytes
@@ -119,8 +119,48 @@ def test_the_dry_run_says_what_a_trial_takes(
     monkeypatch.setattr(capacity, "here", lambda: Capacity((GB // 2,)))
     print_dry_run(plan)
     said = capsys.readouterr().out
-    assert ": 1 trial at once\n" in said
+    assert "at once" not in said
     assert "does not fit here: trial sft s0" in said
+    assert "or run with --allow-oversize" in said
+
+
+def test_the_dry_run_knows_where_there_is_no_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_of(tmp_path, {"gpus_per_worker": 0.5})
+    monkeypatch.setattr(capacity, "here", lambda: Capacity((64 * GB,), None, 8, 0))
+    print_dry_run(plan)
+    said = capsys.readouterr().out
+    assert "does not fit here: a trial takes 0.5 GPUs (resources.gpus_per_worker 0.5" in said
+    assert "and there are 0;" in said
+    assert "at once" not in said
+    monkeypatch.setattr(capacity, "here", lambda: Capacity((64 * GB,), 80 * GB, 8, 3))
+    print_dry_run(plan)
+    assert "80.0 GB are free here: 6 trials at once" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("resources", "said"),
+    [
+        ({"num_threads": 64}, "a trial takes 64 cores (resources.num_threads 64 x num_workers 1)"),
+        ({"gpus_per_worker": 1}, "a trial takes 1 GPUs"),
+        ({"num_workers": 2, "gpus_per_worker": 1}, "a trial takes 2 GPUs"),
+    ],
+)
+def test_what_no_machine_has_is_refused_and_not_waited_for(
+    resources: dict[str, Any], said: str, session: None, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """With an address it is waited for: an autoscaler may add machines."""
+    plan = plan_of(tmp_path / "runs", resources)
+    monkeypatch.setattr(study.RaySession, "start", lambda self: None)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        study.run_study(plan, console=Console(file=io.StringIO()))
+    assert not plan.storage.exists("study.json")
+    monkeypatch.setattr(study, "_sweep", lambda *_: None)
+    output = io.StringIO()
+    study.run_study(plan, console=Console(file=output), only="", address="auto")
+    assert f"waiting for more machines to join: {said}" in output.getvalue()
 
 
 VLLM = {"name": "grpo", "generation": {"engine": "vllm"}}
@@ -145,9 +185,9 @@ def test_vllm_needs_a_gpu_and_to_be_installed(
 def test_vllm_takes_its_part_of_the_gpu(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, {"gpus_per_worker": 1}, algorithm=VLLM)
     needed = memory_of(plan, plan.trials[0]).peak_bytes
-    assert misfit(plan, plan.trials, Capacity(0, int(needed / 0.69))) is None
+    assert misfit(plan, plan.trials, Capacity((0,), int(needed / 0.69))) is None
     assert "its share (0.7) of a GPU" in str(
-        misfit(plan, plan.trials, Capacity(0, int(needed / 0.71)))
+        misfit(plan, plan.trials, Capacity((0,), int(needed / 0.71)))
     )
 
 
@@ -208,7 +248,9 @@ def test_what_fits_nowhere_is_refused_before_anything_is_written(
     assert not plan.storage.exists("study.json")
     assert not plan.storage.list("ledger")
     # What is allowed all the same reserves no more than there is, else it would wait for ever.
-    assert admit(plan, plan.trials, allow_oversize=True) == 3 * GB
+    machines = capacity.of_session()
+    assert (machines.num_cpus, machines.num_gpus) == (2, 0)
+    assert admit(plan, plan.trials, machines, allow_oversize=True) == 3 * GB
     small = plan_of(tmp_path / "runs")
     needed = memory_of(small, small.trials[0]).peak_bytes
-    assert admit(small, small.trials, allow_oversize=False) == needed
+    assert admit(small, small.trials, machines, allow_oversize=False) == needed

@@ -97,7 +97,7 @@ def test_what_cannot_be_used_is_said_and_leaves_no_trace(storage, save, tmp_path
         raise CheckpointError("it is damaged")
 
     assert fetch(saves, back, refuse) == (
-        None, ["the save after step 1 is not used: it is damaged"]
+        None, ["the save after step 1 is not used: it is damaged", "begins again"]
     )  # fmt: skip
     assert list(back.iterdir()) == []
     storage.delete("saves/a/step-000001/worker-0/weights")
@@ -108,10 +108,12 @@ def test_what_cannot_be_used_is_said_and_leaves_no_trace(storage, save, tmp_path
     assert "save.json is damaged" in fetch(saves, back)[1][0]
 
 
-def test_saves_of_trials_that_are_done_or_gone_are_deleted(storage, save):
+def test_saves_of_trials_that_are_done_are_deleted_and_no_others(storage, save, tmp_path):
     for name in ("a", "b"):
         save(Saves(storage, name), ord(name))
-    prune(storage, keep={"b"})
+    (tmp_path / "done").mkdir()
+    storage.publish(tmp_path / "done", "trials/a")
+    assert prune(storage) == ["b"]
     assert storage.list("saves") == ["b"]
 
 
