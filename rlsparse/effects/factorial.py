@@ -235,7 +235,8 @@ def _terms(design: _Design, fit: _Fit) -> list[dict[str, object]]:
 def _term(design: _Design, fit: _Fit, term: _Term) -> dict[str, object]:
     own, others = design.columns[term], design.others(term)
     df = fit.rank(*others, own) - fit.rank(*others)
-    sum_sq = fit.rest(*others) - fit.rest(*others, own)
+    # Rounding may leave less than nothing.
+    sum_sq = max(fit.rest(*others) - fit.rest(*others, own), 0.0)
     row: dict[str, object] = {
         "term": " : ".join(term),
         "df": df,
