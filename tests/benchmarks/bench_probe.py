@@ -1,14 +1,15 @@
 """CPU time of a trial with its probe against the same trial without, by turns in one process.
 
-Run with ``make bench``. Of the quickstart's baseline (``ablations/quickstart.yaml``) and its levels
-the part that trains is timed: with the probe it also writes the snapshots as patches, measures the
-sparsity of every step and keeps the mask of all that ever changed, and writes that at its end.
-Scores and divergences, which cost what their problems cost, are taken in neither. ``--probe`` adds
-what else is to be priced. Prints the median of the ratios of the pairs, and their range, and what
-the probe says that its parts took. Another base, here of 135M weights, in few steps:
+Run with ``make bench``. Of a study's baseline, that of ``ablations/quickstart.yaml`` unless another
+is given, with each algorithm the part that trains is timed: with the probe it also writes the
+snapshots as patches, measures the sparsity of every step and keeps the mask of all that ever
+changed, and writes that at its end. Scores and divergences, which cost what their problems cost,
+are taken in neither. ``--probe`` adds what else is to be priced. Prints the median of the ratios of
+the pairs, and their range, and what the probe says that its parts took. A base of 135M weights, in
+fewer steps than its study:
 
-    python tests/benchmarks/bench_probe.py --model smollm2-135m --pairs 3 --algorithms sft grpo \\
-        --train '{"num_steps": 4, "batch_size": 8}' --probe '{"snapshots": [2]}'
+    python tests/benchmarks/bench_probe.py --study ablations/smollm2_quickstart.yaml --pairs 2 \\
+        --algorithms sft grpo --train '{"num_steps": 3}'
 """
 
 import argparse
@@ -34,9 +35,9 @@ from rlsparse.train import _load, _make_deterministic
 QUICKSTART = Path(__file__).parents[2] / "ablations" / "quickstart.yaml"
 
 
-def configuration(name: str, **fields: dict[str, Any]) -> TrialConfig:
-    """The quickstart's baseline with this algorithm, and these fields of its parts."""
-    baseline = load_study(QUICKSTART, []).baseline.model_dump(mode="json")
+def configuration(study: Path, name: str, **fields: dict[str, Any]) -> TrialConfig:
+    """The study's baseline with this algorithm, and these fields of its parts."""
+    baseline = load_study(study, []).baseline.model_dump(mode="json")
     return TrialConfig.model_validate(
         {
             **baseline,
@@ -85,14 +86,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=9)
     parser.add_argument("--algorithms", nargs="+", default=["grpo", "dpo", "sft"])
-    parser.add_argument("--model", default="tiny", help="model.source: a name, folder or hub id")
-    for part in ("task", "train", "probe"):
+    parser.add_argument("--study", type=Path, default=QUICKSTART, help="its YAML file")
+    for part in ("model", "task", "train", "probe"):
         parser.add_argument(f"--{part}", type=json.loads, default={}, help="its fields, as JSON")
     options = parser.parse_args()
     for name in options.algorithms:
         config = configuration(
+            options.study,
             name,
-            model={"source": options.model},
+            model=options.model,
             task=options.task,
             train=options.train,
             probe=options.probe,
