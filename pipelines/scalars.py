@@ -16,9 +16,13 @@ from rlsparse.study import StudyBase
 Scalars = list[tuple[str, int, float]]
 """(name, step, value)."""
 
-PER_STEP = ("loss", "reward", "kl", "kl_base", "entropy", "grad_norm", "num_tokens", "score")
+PER_STEP = (
+    "loss", "reward", "kl", "kl_base", "entropy", "grad_norm", "num_tokens", "score",
+    "update_sparsity_k1", "ever_changed_fraction",
+)  # fmt: skip
 FINAL = (
-    "score_base", "score_before", "score_after", "kl_final", "gate_ratio", "num_clipped_steps",
+    "score_base", "score_before", "score_after", "score_gain_se", "kl_final", "gate_ratio",
+    "num_clipped_steps",
     "patch_bytes", "wall_s", "cpu_s", "peak_bytes",
 )  # fmt: skip
 

@@ -131,6 +131,7 @@ METRICS = {
     "overlap/jaccard_other_seed", "overlap/kappa_other_seed", "overlap/lift_tensor_other_seed",
     "overlap/lift_magnitude_other_seed",
     "loss", "reward", "kl", "kl_base", "entropy", "grad_norm", "num_tokens", "score",
+    "update_sparsity_k1", "ever_changed_fraction", "score_gain_se",
     "score_base", "score_before", "score_after", "kl_final", "gate_ratio", "num_clipped_steps",
     "patch_bytes", "wall_s", "cpu_s", "peak_bytes",
 }  # fmt: skip
@@ -140,7 +141,7 @@ def test_a_run_says_which_trial_it_is(study_run: StudyRun) -> None:
     runs = records(tracking_uri(study_run.plan), "study")
     written = json.loads((study_run.folder / "study.json").read_text())
     plan_hash = written["provenance"]["study_sha256"][:12]
-    assert len(METRICS) <= 30
+    assert len(METRICS) <= 33
     assert set().union(*(run["metrics"] for run in runs.values())) == METRICS
     for trial in study_run.plan.trials:
         tags = runs[trial.trial_id]["tags"]
