@@ -1,11 +1,17 @@
 """A killed trial goes on from the newest save in the storage; one that is done leaves none."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
 
+from pipelines import study
+from pipelines.capacity import Capacity
+from pipelines.cli import app
 from pipelines.plan import Plan, make_plan
 from pipelines.saves import Saves, prune
 from pipelines.storage import Storage
@@ -120,7 +126,7 @@ def test_saves_of_trials_that_are_done_are_deleted_and_no_others(storage, save, 
 # --- a worker --------------------------------------------------------------------------------
 
 
-def make_one(storage: Path, save_interval_s: float | None) -> Plan:
+def make_one(storage: Path, save_interval_s: float | None, **train: Any) -> Plan:
     fields = {
         "name": "s",
         "question": "?",
@@ -128,7 +134,7 @@ def make_one(storage: Path, save_interval_s: float | None) -> Plan:
         "baseline": {
             "algorithm": {"name": "sft"},
             "task": {"num_train_problems": 16, "num_eval_problems": 8},
-            "train": {"num_steps": NUM_STEPS, "batch_size": 8},
+            "train": {"num_steps": NUM_STEPS, "batch_size": 8, **train},
             "probe": {"snapshots": [1], "score_snapshots": False},
         },
         "resources": {"save_interval_s": save_interval_s},
@@ -188,6 +194,30 @@ def test_a_killed_worker_s_trial_goes_on(plan: Plan, undisturbed: dict[str, byte
     assert reported[0] == {"note": "goes on from step 2"}
     assert [row["step"] for row in reported if row.get("step")] == [3, 4]
     assert left(plan) == undisturbed
+
+
+def test_saves_of_other_settings_stay_and_are_named(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_after(3, plan)
+    name = plan.trials[0].trial_id
+    other = make_one(tmp_path / "runs", 0, learning_rate=2e-5)
+    monkeypatch.setattr(study.RaySession, "start", lambda self: None)
+    monkeypatch.setattr(study.capacity, "of_session", lambda: Capacity((10**11,)))
+    monkeypatch.setattr(study, "_sweep", lambda *_: None)
+    output = io.StringIO()
+    study.run_study(other, console=Console(file=output), only=other.trials[0].trial_id)
+    assert f"delete {name} there to free space" in output.getvalue()
+    assert Saves(plan.storage, name).steps() == [2]
+
+
+def test_a_saved_trial_is_interrupted_though_another_was_run_since(plan: Plan) -> None:
+    kill_after(3, plan)
+    study.write_study(plan)
+    assert plan.ledger.settle(plan.trials[0].trial_id).status == "planned"  # by the next driver
+    said = CliRunner().invoke(app, ["status", plan.storage.url]).output
+    assert "interrupted" in said
+    assert "saved at step 2" in said
 
 
 def test_a_trial_begins_again_where_its_save_is_damaged(
