@@ -341,6 +341,22 @@ def test_aliased_factors_are_named() -> None:
     assert means["estimate"].isna().all()
 
 
+def test_a_term_without_effect_is_not_negative_by_rounding() -> None:
+    """All seeds have equal means here, and sums of squares are differences of larger ones."""
+    found = [
+        fit(
+            make_study(factors={KL: [0.0, 0.1]}, seeds=list(range(n))),
+            score=lambda t: (
+                0.1
+                + 0.7 * float(t.cell[KL])
+                + 0.013 * (-1) ** (t.config.seed + (t.cell[KL] == "0.1"))
+            ),
+        )[0]
+        for n in range(2, 9)
+    ]
+    assert all((terms["f_value"].dropna() >= 0).all() for terms in found)
+
+
 def test_seed_lost_everywhere_costs_one_degree_of_freedom() -> None:
     terms, means, data = fit(make_study(factors=TWO_WAY), lambda t: t.config.seed == 2)
     assert pick(terms, term="seed")["df"] == 2

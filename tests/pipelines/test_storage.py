@@ -205,3 +205,10 @@ def test_a_lock_leaves_no_empty_study_behind(tmp_path: Path) -> None:
     with Storage(str(tmp_path / "study")).lock():
         pass
     assert not (tmp_path / "study").exists()
+
+
+def test_a_file_in_the_place_of_a_folder_is_one_clear_error(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    storage.write_bytes("saves", b"")
+    with pytest.raises(StorageError, match=f"cannot list {storage.url}/saves: "):
+        storage.list("saves")
