@@ -109,7 +109,9 @@ def test_a_mask_of_all_weights_gives_the_bits_of_torch(dtype, in_fp32, ours, the
     """With gradient accumulation, a schedule, weight decay, and clipping, which always acts."""
     model, reference = tiny(dtype), tiny(dtype)
     settings = ADAM if ours is SubnetworkAdamW else SGD
-    mine = ours(model, mask_of(model, 1.1), **settings, in_fp32=in_fp32, max_grad_norm=limit)
+    mine = ours(
+        model, mask_of(model, 1.1), **settings, in_fp32=in_fp32, max_grad_norm=limit, path="torch"
+    )
     dense = theirs(reference.parameters(), **settings)
     schedules = [schedule(mine), schedule(dense)]
     for step in range(5):
@@ -138,7 +140,7 @@ def test_weights_in_the_mask_follow_the_dense_optimizer_and_no_other_moves(dtype
     """The oracle trains all weights, bit for bit, then puts back what lies outside."""
     model, reference = tiny(dtype), tiny(dtype)
     mask = mask_of(model, 0.1)
-    mine = SubnetworkAdamW(model, mask, **ADAM, in_fp32=in_fp32)
+    mine = SubnetworkAdamW(model, mask, **ADAM, in_fp32=in_fp32, path="torch")
     names = dict(reference.named_parameters())
     kept = {name: weight.detach().clone() for name, weight in names.items()}
     has_masters = (dtype, in_fp32) == (NARROW, "masters")
@@ -272,7 +274,7 @@ def test_dense_gradients_never_live_all_at_once():
 )
 def test_bytes_are_those_of_the_weights_in_the_mask(dtype, in_fp32, moments, masters):
     model = tiny(dtype)
-    mask = mask_of(model, 0.1)
+    mask = mask_of(model, 0.3)
     optimizer = SubnetworkAdamW(model, mask, lr=1e-3, in_fp32=in_fp32)
     backward(model, 0)
     optimizer.step()
@@ -281,8 +283,12 @@ def test_bytes_are_those_of_the_weights_in_the_mask(dtype, in_fp32, moments, mas
         "gradients": dtype.itemsize * count,
         "moments": moments * count + steps,
         "masters": masters * count,
-        "index": 4 * count,
+        "index": sum(8 * -(-w.numel() // 64) for w in model.parameters()),  # a bit per weight
     }
+    few = mask_of(model, 0.02)
+    index = SubnetworkAdamW(tiny(dtype), few, lr=1e-3).state_bytes()["index"]
+    assert index == 4 * few.num_selected
+
     assert sum(w.grad.elements.nbytes for w in model.parameters()) == dtype.itemsize * count
     whole = SubnetworkAdamW(tiny(dtype), mask_of(model, 1.1), lr=1e-3)
     assert whole.state_bytes()["index"] == 0
@@ -510,7 +516,7 @@ def test_a_tied_weight_counts_once():
     optimizer = SubnetworkAdamW(model, both, lr=1e-3)
     backward(model, 0)
     optimizer.step()
-    assert optimizer.state_bytes()["index"] == 4 * mask.num_selected
+    assert optimizer.state_bytes()["gradients"] == 4 * mask.num_selected
     assert 0 < (model.lm_head.weight != tiny().lm_head.weight).sum() <= bools(mask, EMBEDDING).sum()
 
 

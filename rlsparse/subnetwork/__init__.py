@@ -15,6 +15,7 @@ from rlsparse.subnetwork.optimizer import (
     SubnetworkAdamW,
     SubnetworkOptimizer,
     SubnetworkSGD,
+    UpdatePath,
 )
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "SubnetworkMask",
     "SubnetworkOptimizer",
     "SubnetworkSGD",
+    "UpdatePath",
     "assert_outside_unchanged",
     "load_mask",
     "outside_digests",

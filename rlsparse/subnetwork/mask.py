@@ -15,7 +15,7 @@ from rlsparse import masks
 from rlsparse.errors import CheckpointError, TrialError
 from rlsparse.kernels import popcount
 from rlsparse.masks import Packed
-from rlsparse.subnetwork.packed import Selection
+from rlsparse.subnetwork.selection import Selection
 
 
 @dataclass(frozen=True)

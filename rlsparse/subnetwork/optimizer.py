@@ -1,7 +1,7 @@
 """Optimizers that keep nothing for weights outside a mask.
 
-The updates are torch's own (or those of ``fp32_moments``) on packed tensors: with a mask of all
-weights they are those of ``torch.optim`` (neither foreach nor fused), bit for bit.
+On path ``torch`` the updates are torch's own (or those of ``fp32_moments``) on packed tensors: with
+a mask of all weights they are those of ``torch.optim`` (neither foreach nor fused), bit for bit.
 """
 
 import weakref
@@ -16,13 +16,17 @@ from torch.nn.parallel import DistributedDataParallel
 from rlsparse import distributed
 from rlsparse.errors import CheckpointError, ConfigError, TrialError
 from rlsparse.fp32_moments import Fp32MomentAdamW, Fp32MomentSgd, restore_formats
+from rlsparse.kernels import parallel
+from rlsparse.subnetwork.compiled import MASTER, Calls, Rule, adamw, kind_of, sgd
 from rlsparse.subnetwork.mask import SubnetworkMask, check
-from rlsparse.subnetwork.packed import PackedGradient, Selection, compact, packed_gradient
+from rlsparse.subnetwork.packed import PackedGradient, compact, packed_gradient
+from rlsparse.subnetwork.selection import Selection
 
 InFp32 = Literal["masters", "moments", "nothing"]
 """What is held in fp32 of weights in a narrower format; fp32 weights are their own masters."""
 
-_MASTER = "master"
+UpdatePath = Literal["auto", "torch", "compiled"]
+"""Who computes updates: torch; compiled kernels (``compiled``); these where they can."""
 
 
 class SubnetworkOptimizer(torch.optim.Optimizer):
@@ -44,10 +48,16 @@ class SubnetworkOptimizer(torch.optim.Optimizer):
         mask: of its weights.
         plain: rule for weights that keep all in their own format.
         wide: rule that keeps fp32 moments of narrower weights.
+        compiled: the rule in compiled kernels.
         in_fp32: of weights in a narrower format. ``masters``: the values of those in the mask, and
             their moments; the model then holds them rounded. ``moments``: these alone; every step
             rounds. ``nothing``: everything is in the format of the weights.
         max_grad_norm: largest global norm of the gradients; None does not clip.
+        path: who computes the updates. ``torch``; ``compiled``, kernels of this project, for fp32
+            weights, and bf16 weights with masters or moments in fp32, on a CPU; ``auto``, these
+            where they can. Both give the same bits every time, on any number of threads, but not
+            each other's: they stay within 2 fp32 ULP a step (``compiled`` says of what). State of
+            one may be continued with the other.
 
     Attributes:
         release: ends it: the model trains as before, whole. Also happens when the optimizer dies.
@@ -55,7 +65,7 @@ class SubnetworkOptimizer(torch.optim.Optimizer):
     Raises:
         CheckpointError: the mask is of another model.
         ConfigError: the model is wrapped or sharded, a weight in the mask is frozen or not
-            contiguous, the limit is not positive, or there is no such ``in_fp32``.
+            contiguous, the limit is not positive, or there is no such ``in_fp32`` or ``path``.
     """
 
     def __init__(
@@ -65,11 +75,16 @@ class SubnetworkOptimizer(torch.optim.Optimizer):
         *,
         plain: torch.optim.Optimizer,
         wide: torch.optim.Optimizer,
+        compiled: Rule,
         in_fp32: InFp32,
         max_grad_norm: float | None,
+        path: UpdatePath,
     ) -> None:
-        if in_fp32 not in get_args(InFp32):
-            raise ConfigError(f"in_fp32 is {in_fp32!r}; give one of {', '.join(get_args(InFp32))}")
+        for name, given, allowed in (("in_fp32", in_fp32, InFp32), ("path", path, UpdatePath)):
+            if given not in get_args(allowed):
+                raise ConfigError(
+                    f"{name} is {given!r}; give one of {', '.join(get_args(allowed))}"
+                )
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ConfigError(f"max_grad_norm is {max_grad_norm}; give a positive one, or None")
         _check_model(model)
@@ -82,6 +97,7 @@ class SubnetworkOptimizer(torch.optim.Optimizer):
         self._names = {w: n for n, w in model.named_parameters() if w in self._selections}
         _check_trainable(self._names)
         self._plain, self._wide, self._in_fp32 = plain, wide, in_fp32
+        self._compiled, self._path = compiled, path
         self._max_grad_norm = max_grad_norm
         self._identity = {"mask": mask.fingerprint, "in_fp32": in_fp32}
         self._norm: torch.Tensor | None = None
@@ -116,7 +132,7 @@ class SubnetworkOptimizer(torch.optim.Optimizer):
             sizes["index"] += selection.size_bytes
         for name, value in kept:
             if isinstance(value, torch.Tensor):
-                sizes["masters" if name == _MASTER else "moments"] += value.nbytes
+                sizes["masters" if name == MASTER else "moments"] += value.nbytes
         return sizes
 
     @torch.no_grad()
@@ -126,6 +142,7 @@ class SubnetworkOptimizer(torch.optim.Optimizer):
         Raises:
             TrialError: at the first step, a tensor in the mask has had no gradient on this worker,
                 or workers have different masks.
+            ConfigError: the path is ``compiled``, and a weight is not one for kernels.
         """
         loss = None
         if closure is not None:
@@ -140,11 +157,14 @@ class SubnetworkOptimizer(torch.optim.Optimizer):
             scale = torch.clamp(self._max_grad_norm / (self._norm + 1e-6), max=1.0)
             for gradient in gradients:
                 gradient.mul_(scale.to(gradient.device))
-        wanted = set(weights)
+        wanted, calls = set(weights), list[Callable[[], None]]()
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight in wanted:
+            for weight in (one for one in group["params"] if one in wanted):
+                if (more := self._calls(weight, group)) is None:
                     self._update(weight, group)
+                else:
+                    calls += more
+        parallel.run(calls, torch.get_num_threads())
         self._has_stepped = True
         return loss
 
@@ -198,13 +218,30 @@ class SubnetworkOptimizer(torch.optim.Optimizer):
         if (reason := distributed.first_given(reason)) is not None:
             raise TrialError(reason)
 
+    def _calls(self, weight: torch.nn.Parameter, group: dict[str, Any]) -> Calls | None:
+        """What does one step of the rule on one weight tensor; None if that is left to torch."""
+        kind = None if self._path == "torch" else kind_of(weight, self._in_fp32)
+        calls = kind and self._compiled(
+            kind, weight, self._selections[weight], self.state[weight], group
+        )
+        if calls:
+            torch.autograd.graph.increment_version(weight)
+        elif self._path == "compiled":
+            raise ConfigError(
+                f"path 'compiled' does not train {self._names[weight]}, {weight.dtype} on "
+                f"{weight.device}, in_fp32 {self._in_fp32!r}: it takes fp32 weights, and bf16 "
+                "weights with masters or moments, contiguous on a CPU, and of SGD without momentum "
+                "none but those with moments; give path='auto'"
+            )
+        return calls or None
+
     def _update(self, weight: torch.nn.Parameter, group: dict[str, Any]) -> None:
-        """One step of the rule on the packed values of one weight tensor."""
+        """One step of torch's rule on the packed values of one weight tensor."""
         selection, state = self._selections[weight], self.state[weight]
         is_narrow = weight.element_size() < torch.float32.itemsize
         flat = weight.detach().view(-1)
         # Rules take the state of a tensor that has none yet for that of its first step.
-        values = state.pop(_MASTER, None)
+        values = state.pop(MASTER, None)
         if values is None:
             values = selection.take(flat)
             if is_narrow and self._in_fp32 == "masters":
@@ -217,7 +254,7 @@ class SubnetworkOptimizer(torch.optim.Optimizer):
         values.grad = None
         selection.put(flat, values.to(weight.dtype))
         if is_narrow and self._in_fp32 == "masters":
-            state[_MASTER] = values
+            state[MASTER] = values
 
 
 class SubnetworkAdamW(SubnetworkOptimizer):
@@ -234,6 +271,7 @@ class SubnetworkAdamW(SubnetworkOptimizer):
         weight_decay: decoupled, of the weights in the mask; 0 unlike in torch.
         max_grad_norm: largest global norm of the gradients.
         in_fp32: what is held in fp32 of narrower weights.
+        path: who computes the updates.
     """
 
     def __init__(
@@ -247,6 +285,7 @@ class SubnetworkAdamW(SubnetworkOptimizer):
         *,
         max_grad_norm: float | None = None,
         in_fp32: InFp32 = "masters",
+        path: UpdatePath = "auto",
     ) -> None:
         own: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(
@@ -254,8 +293,10 @@ class SubnetworkAdamW(SubnetworkOptimizer):
             mask,
             plain=torch.optim.AdamW([torch.empty(0)], **own, foreach=False, fused=False),
             wide=Fp32MomentAdamW([torch.nn.Parameter(torch.empty(0))], **own),
+            compiled=adamw,
             in_fp32=in_fp32,
             max_grad_norm=max_grad_norm,
+            path=path,
         )
 
 
@@ -272,6 +313,7 @@ class SubnetworkSGD(SubnetworkOptimizer):
         weight_decay: added to the gradient.
         max_grad_norm: largest global norm of the gradients.
         in_fp32: what is held in fp32 of narrower weights.
+        path: who computes the updates.
     """
 
     def __init__(
@@ -284,6 +326,7 @@ class SubnetworkSGD(SubnetworkOptimizer):
         *,
         max_grad_norm: float | None = None,
         in_fp32: InFp32 = "masters",
+        path: UpdatePath = "auto",
     ) -> None:
         own: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(
@@ -291,8 +334,10 @@ class SubnetworkSGD(SubnetworkOptimizer):
             mask,
             plain=torch.optim.SGD([torch.empty(0)], **own, foreach=False, fused=False),
             wide=Fp32MomentSgd([torch.nn.Parameter(torch.empty(0))], **own),
+            compiled=sgd,
             in_fp32=in_fp32,
             max_grad_norm=max_grad_norm,
+            path=path,
         )
 
 

@@ -1,66 +1,19 @@
-"""Some elements of a weight tensor, packed: which they are, and a gradient of them alone."""
+"""A gradient of some elements of a weight tensor, packed."""
 
 import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
-from rlsparse import masks
 from rlsparse.errors import ConfigError
-from rlsparse.masks import Packed
+from rlsparse.subnetwork.selection import Selection
 
 _REMEDY = (
     "clip with max_grad_norm of the subnetwork optimizer and set the trainer's max_grad_norm to 0; "
     "use neither a GradScaler nor DistributedDataParallel, the optimizer averages over workers; "
     "read gradients as param.grad.elements"
 )
-
-
-class Selection:
-    """The elements of a weight tensor that a mask selects, in order.
-
-    How they are held is known here alone: flat indices of 4 bytes (8 in a tensor of 2^31 elements
-    or more), none for a tensor that is selected whole.
-
-    Args:
-        packed: the mask.
-        num_elements: of the tensor.
-    """
-
-    def __init__(self, packed: Packed, num_elements: int) -> None:
-        found = np.flatnonzero(masks.unpack(packed, num_elements))
-        self.size = found.size
-        """Number of selected elements."""
-        self._index: torch.Tensor | None = None
-        if found.size < num_elements:
-            dtype = np.int32 if num_elements < 2**31 else np.int64
-            self._index = torch.from_numpy(found.astype(dtype))
-
-    @property
-    def size_bytes(self) -> int:
-        """Memory that it takes."""
-        return 0 if self._index is None else self._index.nbytes
-
-    def take(self, flat: torch.Tensor) -> torch.Tensor:
-        """The selected of all elements [n], in order; of a tensor selected whole, ``flat``."""
-        index = self._on(flat.device)
-        return flat if index is None else flat.index_select(0, index)
-
-    def put(self, flat: torch.Tensor, values: torch.Tensor) -> None:
-        """Overwrite the selected elements of ``flat`` [n] with ``values``; no other is written."""
-        index = self._on(flat.device)
-        if index is None:
-            flat.copy_(values)
-        else:
-            flat.index_copy_(0, index.long(), values)
-
-    def _on(self, device: torch.device) -> torch.Tensor | None:
-        """The indices, which follow a model that was moved."""
-        if self._index is not None and self._index.device != device:
-            self._index = self._index.to(device)
-        return self._index
 
 
 class Norm(torch.Tensor):
@@ -148,7 +101,7 @@ def _needs_dense(operation: Any) -> ConfigError:
 def _add(own: PackedGradient, dense: torch.Tensor, alpha: float = 1) -> PackedGradient:
     if dense.shape != own.shape:
         raise _needs_dense("a sum with another shape")
-    own.elements.add_(own.selection.take(dense.reshape(-1)), alpha=alpha)
+    own.selection.add(own.elements, dense.reshape(-1), alpha)
     return own
 
 
