@@ -5,7 +5,7 @@ only worker, and nothing here does anything. The group must take tensors on the 
 GPUs where models are there (backend ``cpu:gloo,cuda:nccl``).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,22 @@ def average_gradients(weights: Iterable[torch.nn.Parameter]) -> None:
             weight.grad = torch.zeros_like(weight)
         distributed.all_reduce(weight.grad)
         weight.grad.div_(num_workers())
+
+
+def average(tensors: Sequence[torch.Tensor]) -> None:
+    """Replace vectors, of the same lengths everywhere, by their means over all workers.
+
+    Those of one number format travel as one.
+    """
+    if num_workers() == 1:
+        return
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        joined = torch.cat(alike)
+        distributed.all_reduce(joined)
+        parts = torch.split(joined.div_(num_workers()), [tensor.numel() for tensor in alike])
+        for tensor, part in zip(alike, parts, strict=True):
+            tensor.copy_(part)
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:

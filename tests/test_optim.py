@@ -7,8 +7,9 @@ import torch
 
 from rlsparse.config import TrainConfig
 from rlsparse.errors import ConfigError
+from rlsparse.fp32_moments import Fp32MomentAdamW, Fp32MomentSgd
 from rlsparse.models.loading import load_model
-from rlsparse.optim import Fp32MomentAdamW, Fp32MomentSgd, build_optimizer, select_trainable
+from rlsparse.optim import build_optimizer, select_trainable
 from rlsparse.patch import Patch
 
 NUM_STEPS = 60

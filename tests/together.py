@@ -279,3 +279,50 @@ def observe(rank: int, num_steps: int, out: Path) -> None:
         next(iter(model.parameters())).detach().to_local().fill_(float("nan"))
     kept["finite"].append(trajectory.advance(num_steps + 1).is_finite)
     torch.save(kept, out / f"{rank}.pt")
+
+
+def train_subnetwork(rank: int, mask_file: Path, batches: torch.Tensor, out: Path) -> None:
+    """Train a subnetwork of the tiny base; each worker takes its share of the rows of a batch."""
+    from rlsparse.models import TINY
+    from rlsparse.models.loading import load_model
+    from rlsparse.subnetwork import SubnetworkAdamW, load_mask
+
+    workers = distributed.get_world_size() if distributed.is_initialized() else 1
+    model = load_model(TINY, "fp32")
+    optimizer = SubnetworkAdamW(model, load_mask(mask_file), lr=1e-3, max_grad_norm=0.5)
+    for batch in batches:
+        rows = batch.chunk(workers)[rank]
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save((whole_weights(model), optimizer.last_grad_norm), out / f"{workers}-{rank}.pt")
+
+
+def refuse_on_workers(rank: int, out: Path) -> None:
+    """What each worker is told: of models wrapped, wrapped later, in parts, and of two masks."""
+    import numpy as np
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    from rlsparse.errors import RlsparseError
+    from rlsparse.subnetwork import SubnetworkMask, SubnetworkSGD
+
+    said = []
+    model = torch.nn.Linear(4, 4, bias=False)
+
+    def attempt(mask: int, trained: Any, wrapped: Any) -> None:
+        bits = {"weight": ((4, 4), np.array([mask, 0], np.uint8))}
+        try:
+            optimizer = SubnetworkSGD(trained, SubnetworkMask(bits), lr=0.1)
+            wrapped(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+        except RlsparseError as error:
+            said.append(str(error))
+
+    attempt(3, DistributedDataParallel(model), model)
+    attempt(3, model, DistributedDataParallel(model))
+    parts = fully_shard(torch.nn.Linear(4, 4, bias=False))
+    attempt(3, parts, parts)
+    model.weight.grad = None
+    attempt(3 + rank, model, model)
+    (out / f"{rank}.txt").write_text("\n".join(said))

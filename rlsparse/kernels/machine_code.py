@@ -24,14 +24,17 @@ from rlsparse.cache import cache_folder
 from rlsparse.errors import RlsparseWarning
 from rlsparse.tensor_file import atomic_write
 
-_SOURCES = ("counting.py", "cpu.py", "formats.py", "layout.py", "machine_code.py", "vectors.py")
+_SOURCES = (
+    "counting.py", "cpu.py", "formats.py", "layout.py", "machine_code.py", "packed_vectors.py",
+    "packing.py", "vectors.py",
+)  # fmt: skip
 
 
 _one_at_a_time = threading.RLock()  # neither LLVM's engine nor numba may be entered twice
 
 
 def load(name: str, num_pointers: int, num_integers: int = 0) -> Callable[..., None]:
-    """A kernel of ``cpu`` or ``counting`` as a function that releases the GIL.
+    """A kernel of ``cpu``, ``counting`` or ``packing`` as a function that releases the GIL.
 
     Args:
         name: of the kernel.
@@ -122,11 +125,12 @@ def _compile(name: str) -> bytes:
     """Object code that needs nothing of numba's runtime."""
     from numba import njit
 
-    from rlsparse.kernels import counting, cpu
+    from rlsparse.kernels import counting, cpu, packing
 
-    function, signature = (cpu.KERNELS | counting.KERNELS)[name]()
+    function, signature = (cpu.KERNELS | counting.KERNELS | packing.KERNELS)[name]()
     compiled = njit(
-        signature, error_model="numpy", fastmath=cpu.FASTMATH,
+        signature, error_model="numpy",
+        fastmath=packing.FASTMATH if name in packing.KERNELS else cpu.FASTMATH,
         no_cpython_wrapper=True, no_cfunc_wrapper=True,
     )(function)  # fmt: skip
     module = llvm.parse_assembly(compiled.inspect_llvm(compiled.signatures[0]))

@@ -21,12 +21,13 @@ LANES = 64
 _F = TypeVar("_F", bound=Callable[..., Any])
 inlined: Callable[[_F], _F] = register_jitable
 """Decorator of functions that kernels call."""
-_lowered: Callable[[_F], Callable[..., Any]] = intrinsic
+lowered: Callable[[_F], Callable[..., Any]] = intrinsic
 
-_i64 = ir.IntType(64)
+i64 = ir.IntType(64)
 
 
-def _load(builder: Any, pointer: Any, index: Any, lanes: int = LANES) -> Any:
+def load_vector(builder: Any, pointer: Any, index: Any, lanes: int = LANES) -> Any:
+    """pointer[index : index + lanes]."""
     element = builder.gep(pointer, [index])
     vector = ir.VectorType(pointer.type.pointee, lanes)
     # Tensors of a file may start at any byte.
@@ -42,37 +43,37 @@ def _repeat(builder: Any, value: Any) -> Any:
 def _compare(builder: Any, sign: str, left: Any, right: Any) -> Any:
     is_float = isinstance(left.type.element, (ir.FloatType, ir.DoubleType))
     compare = builder.fcmp_ordered if is_float else builder.icmp_unsigned
-    return builder.bitcast(compare(sign, left, right), _i64)
+    return builder.bitcast(compare(sign, left, right), i64)
 
 
-@_lowered
+@lowered
 def differ(context: Any, left: Any, right: Any, index: Any) -> Any:
     """Which of left[index : index + 64] differ from right[index : index + 64], as 64 bits."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        sides = (_load(builder, pointer, args[2]) for pointer in args[:2])
+        sides = (load_vector(builder, pointer, args[2]) for pointer in args[:2])
         return _compare(builder, "!=", *sides)
 
     return types.uint64(left, right, types.int64), code
 
 
-@_lowered
+@lowered
 def at_most(context: Any, values: Any, index: Any, limit: Any) -> Any:
     """Which of values[index : index + 64] are at most the scalar ``limit``."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         values, index, limit = args
-        return _compare(builder, "<=", _load(builder, values, index), _repeat(builder, limit))
+        return _compare(builder, "<=", load_vector(builder, values, index), _repeat(builder, limit))
 
     return types.uint64(values, types.int64, values.dtype), code
 
 
-@_lowered
+@lowered
 def at_most_each(context: Any, values: Any, limits: Any, index: Any) -> Any:
     """Which of values[index : index + 64] are at most limits[index : index + 64]."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        sides = (_load(builder, pointer, args[2]) for pointer in args[:2])
+        sides = (load_vector(builder, pointer, args[2]) for pointer in args[:2])
         return _compare(builder, "<=", *sides)
 
     return types.uint64(values, limits, types.int64), code
@@ -117,11 +118,11 @@ def squares_for(first_nonfinite: int, shift: int, raised: int) -> Callable[..., 
         single, double = (ir.VectorType(kind, LANES) for kind in (ir.FloatType(), ir.DoubleType()))
         return [builder.fpext(builder.bitcast(bits, single), double)]
 
-    @_lowered
+    @lowered
     def sum_squares(context: Any, bits: Any, index: Any) -> Any:
         def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             values_of = {0: doubles, 16: halves_of_singles}.get(shift, singles)
-            vectors = values_of(builder, _load(builder, args[0], args[1]))
+            vectors = values_of(builder, load_vector(builder, args[0], args[1]))
             flags = ("reassoc", "contract")
             squares = reduce(
                 lambda total, more: builder.fadd(total, more, flags),
@@ -130,7 +131,7 @@ def squares_for(first_nonfinite: int, shift: int, raised: int) -> Callable[..., 
             kind = squares.type.element
             short = "f32" if isinstance(kind, ir.FloatType) else "f64"
             name = f"llvm.vector.reduce.fadd.v{squares.type.count}{short}"
-            total = _function(builder, name, kind, [kind, squares.type])
+            total = declared(builder, name, kind, [kind, squares.type])
             found = builder.call(total, [kind(-0.0), squares], fastmath=flags)
             return found if short == "f64" else builder.fpext(found, ir.DoubleType())
 
@@ -143,13 +144,13 @@ def _all_but_sign(bits: Any) -> list[int]:
     return [2 ** (bits.type.element.width - 1) - 1] * LANES
 
 
-def _function(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
+def declared(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
     """An LLVM intrinsic, declared once per module."""
     kind = ir.FunctionType(result, arguments)
     return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
 
 
-@_lowered
+@lowered
 def store_ulps(context: Any, before: Any, after: Any, target: Any, index: Any) -> Any:
     """target[index : index + 64] = distances in representable values of two runs of 64 codes."""
 
@@ -161,7 +162,7 @@ def store_ulps(context: Any, before: Any, after: Any, target: Any, index: Any) -
             spread = builder.ashr(bits, vector([width - 1] * LANES))  # all ones where negative
             return builder.xor(bits, builder.or_(spread, vector([2 ** (width - 1)] * LANES)))
 
-        low, high = (ascending(_load(builder, side, index)) for side in (before, after))
+        low, high = (ascending(load_vector(builder, side, index)) for side in (before, after))
         is_up = builder.icmp_unsigned(">", high, low)
         distance = builder.select(is_up, builder.sub(high, low), builder.sub(low, high))
         vector = ir.VectorType(target.type.pointee, LANES)
@@ -174,33 +175,31 @@ def store_ulps(context: Any, before: Any, after: Any, target: Any, index: Any) -
     return types.void(before, after, target, types.int64), code
 
 
-@_lowered
+@lowered
 def signs_differ(context: Any, before: Any, after: Any, index: Any) -> Any:
     """Which of two runs of 64 codes differ in the sign bit."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        sides = (_load(builder, side, args[2]) for side in args[:2])
+        sides = (load_vector(builder, side, args[2]) for side in args[:2])
         mixed = builder.xor(*sides)
-        return builder.bitcast(builder.icmp_signed("<", mixed, mixed.type([0] * LANES)), _i64)
+        return builder.bitcast(builder.icmp_signed("<", mixed, mixed.type([0] * LANES)), i64)
 
     return types.uint64(before, after, types.int64), code
 
 
-@_lowered
+@lowered
 def zeros_among(context: Any, bits: Any, index: Any) -> Any:
     """Which of 64 codes are zero, of either sign."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        codes = _load(builder, args[0], args[1])
+        codes = load_vector(builder, args[0], args[1])
         doubled = builder.shl(codes, codes.type([1] * LANES))
-        return builder.bitcast(
-            builder.icmp_unsigned("==", doubled, doubled.type([0] * LANES)), _i64
-        )
+        return builder.bitcast(builder.icmp_unsigned("==", doubled, doubled.type([0] * LANES)), i64)
 
     return types.uint64(bits, types.int64), code
 
 
-@_lowered
+@lowered
 def count_bits(context: Any, word: Any) -> Any:
     """Number of set bits."""
     return types.int64(types.uint64), lambda context, builder, signature, args: builder.ctpop(
@@ -208,7 +207,7 @@ def count_bits(context: Any, word: Any) -> Any:
     )
 
 
-@_lowered
+@lowered
 def lowest_bit(context: Any, word: Any) -> Any:
     """Position of the lowest set bit of a word that is not zero."""
 
@@ -218,7 +217,7 @@ def lowest_bit(context: Any, word: Any) -> Any:
     return types.int64(types.uint64), code
 
 
-@_lowered
+@lowered
 def float_of_bits(context: Any, bits: Any) -> Any:
     """The float32 with these bits."""
     return types.float32(types.uint32), lambda context, builder, signature, args: builder.bitcast(
@@ -226,7 +225,7 @@ def float_of_bits(context: Any, bits: Any) -> Any:
     )
 
 
-@_lowered
+@lowered
 def double_of_bits(context: Any, bits: Any) -> Any:
     """The float64 with these bits."""
     return types.float64(types.uint64), lambda context, builder, signature, args: builder.bitcast(
@@ -234,15 +233,15 @@ def double_of_bits(context: Any, bits: Any) -> Any:
     )
 
 
-@_lowered
+@lowered
 def bits_of_double(context: Any, value: Any) -> Any:
     """The bits of a float64."""
     return types.uint64(types.float64), lambda context, builder, signature, args: builder.bitcast(
-        args[0], _i64
+        args[0], i64
     )
 
 
-@_lowered
+@lowered
 def load(context: Any, pointer: Any, index: Any) -> Any:
     """pointer[index]."""
 
@@ -252,7 +251,7 @@ def load(context: Any, pointer: Any, index: Any) -> Any:
     return pointer.dtype(pointer, types.int64), code
 
 
-@_lowered
+@lowered
 def store(context: Any, pointer: Any, index: Any, value: Any) -> Any:
     """pointer[index] = value."""
 
@@ -263,7 +262,7 @@ def store(context: Any, pointer: Any, index: Any, value: Any) -> Any:
     return types.void(pointer, types.int64, pointer.dtype), code
 
 
-@_lowered
+@lowered
 def advance(context: Any, pointer: Any, count: Any) -> Any:
     """The pointer ``count`` elements further."""
     return pointer(pointer, types.int64), lambda context, builder, signature, args: builder.gep(
@@ -271,7 +270,7 @@ def advance(context: Any, pointer: Any, count: Any) -> Any:
     )
 
 
-@_lowered
+@lowered
 def part(context: Any, workspace: Any, offset: Any, item: Any) -> Any:
     """The array of ``item`` (a NumPy type) that starts ``offset`` bytes into the workspace."""
 
@@ -282,7 +281,7 @@ def part(context: Any, workspace: Any, offset: Any, item: Any) -> Any:
     return types.CPointer(item.dtype)(workspace, types.int64, item), code
 
 
-@_lowered
+@lowered
 def add_to_planes(context: Any, planes: Any, words: Any, index: Any, stride: Any) -> Any:
     """Add 512 bits to 512 counters of 8 bits, kept as 8 planes of bits.
 
@@ -291,10 +290,10 @@ def add_to_planes(context: Any, planes: Any, words: Any, index: Any, stride: Any
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         planes, words, index, stride = args
-        carry = _load(builder, words, index, 8)
+        carry = load_vector(builder, words, index, 8)
         for plane in range(8):
-            place = builder.add(index, builder.mul(stride, _i64(plane)))
-            bits = _load(builder, planes, place, 8)
+            place = builder.add(index, builder.mul(stride, i64(plane)))
+            bits = load_vector(builder, planes, place, 8)
             target = builder.bitcast(builder.gep(planes, [place]), bits.type.as_pointer())
             builder.store(builder.xor(bits, carry), target, align=1)
             carry = builder.and_(bits, carry)
@@ -306,7 +305,7 @@ def add_to_planes(context: Any, planes: Any, words: Any, index: Any, stride: Any
 TILE_ROWS, TILE_COLUMNS, TILE_WORDS = 2, 4, 8
 
 
-@_lowered
+@lowered
 def add_shared_bits(
     context: Any, rows: Any, columns: Any, stride: Any, num_words: Any, counts: Any
 ) -> Any:
@@ -319,26 +318,26 @@ def add_shared_bits(
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         rows, columns, stride, num_words, counts = args
-        vector = ir.VectorType(_i64, TILE_WORDS)
+        vector = ir.VectorType(i64, TILE_WORDS)
         name = f"llvm.ctpop.v{TILE_WORDS}i64"
-        count = _function(builder, name, vector, [vector])
+        count = declared(builder, name, vector, [vector])
         cells = [(r, c) for r in range(TILE_ROWS) for c in range(TILE_COLUMNS)]
         sums = {cell: cgutils.alloca_once_value(builder, vector(None)) for cell in cells}
-        with cgutils.for_range(builder, builder.udiv(num_words, _i64(TILE_WORDS))) as loop:
-            first = builder.mul(loop.index, _i64(TILE_WORDS))
+        with cgutils.for_range(builder, builder.udiv(num_words, i64(TILE_WORDS))) as loop:
+            first = builder.mul(loop.index, i64(TILE_WORDS))
 
             def words(masks: Any, number: int) -> list[Any]:
-                places = (builder.add(first, builder.mul(stride, _i64(n))) for n in range(number))
-                return [_load(builder, masks, place, TILE_WORDS) for place in places]
+                places = (builder.add(first, builder.mul(stride, i64(n))) for n in range(number))
+                return [load_vector(builder, masks, place, TILE_WORDS) for place in places]
 
             left, right = words(rows, TILE_ROWS), words(columns, TILE_COLUMNS)
             for r, c in cells:
                 shared = builder.call(count, [builder.and_(left[r], right[c])])
                 total = builder.add(builder.load(sums[r, c]), shared)
                 builder.store(total, sums[r, c])
-        add = _function(builder, f"llvm.vector.reduce.add.v{TILE_WORDS}i64", _i64, [vector])
+        add = declared(builder, f"llvm.vector.reduce.add.v{TILE_WORDS}i64", i64, [vector])
         for index, cell in enumerate(cells):
-            place = builder.gep(counts, [_i64(index)])
+            place = builder.gep(counts, [i64(index)])
             total = builder.call(add, [builder.load(sums[cell])])
             builder.store(builder.add(builder.load(place), total), place)
         return context.get_dummy_value()
@@ -356,7 +355,7 @@ def gather_for(width: int) -> Callable[..., Any]:
     """
     features = llvm.get_host_cpu_features()
     needed = "avx512vbmi2" if width < 32 else "avx512f"
-    return _compress_for(width) if features.get(needed, False) else _walk
+    return _compress_for(width) if features.get(needed, False) else walk
 
 
 def _compress_for(width: int) -> Callable[..., Any]:
@@ -365,14 +364,14 @@ def _compress_for(width: int) -> Callable[..., Any]:
     flags = ir.VectorType(ir.IntType(1), lanes)
     name = f"llvm.x86.avx512.mask.compress.v{lanes}i{width}"
 
-    @_lowered
+    @lowered
     def compress(context: Any, source: Any, index: Any, mask: Any, target: Any, place: Any) -> Any:
         def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             source, index, mask, target, place = args
-            function = _function(builder, name, vector, [vector, vector, flags])
+            function = declared(builder, name, vector, [vector, vector, flags])
             for part in range(LANES // lanes):
-                offset = _i64(part * lanes)
-                values = _load(builder, source, builder.add(index, offset), lanes)
+                offset = i64(part * lanes)
+                values = load_vector(builder, source, builder.add(index, offset), lanes)
                 bits = builder.lshr(mask, offset)
                 if lanes < LANES:
                     bits = builder.trunc(bits, ir.IntType(lanes))
@@ -381,7 +380,7 @@ def _compress_for(width: int) -> Callable[..., Any]:
                 slot = builder.bitcast(builder.gep(target, [place]), vector.as_pointer())
                 builder.store(squeezed, slot, align=1)
                 count = builder.ctpop(bits)
-                place = builder.add(place, builder.zext(count, _i64) if lanes < LANES else count)
+                place = builder.add(place, builder.zext(count, i64) if lanes < LANES else count)
             return place
 
         return types.int64(source, types.int64, types.uint64, target, types.int64), code
@@ -390,7 +389,8 @@ def _compress_for(width: int) -> Callable[..., Any]:
 
 
 @inlined
-def _walk(source: Any, index: Any, mask: Any, target: Any, place: Any) -> Any:
+def walk(source: Any, index: Any, mask: Any, target: Any, place: Any) -> Any:
+    """``gather_for`` bit by bit, on any processor."""
     while mask != 0:
         store(target, place, load(source, index + lowest_bit(mask)))
         mask &= mask - np.uint64(1)
