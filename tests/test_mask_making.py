@@ -242,7 +242,7 @@ def test_steps_by_fraction_of_training(tmp_path):
         "train": {"num_steps": 24},
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert [step_at(tmp_path, f) for f in (0.01, 0.05, 0.1, 0.25, 0.5, 1.0)] == [1, 1, 2, 6, 12, 24]
+    assert [step_at(tmp_path, f) for f in (0.01, 0.05, 0.1, 0.25, 0.9, 1.0)] == [1, 1, 2, 6, 22, 24]
     for fraction in (0.0, -0.1, 1.01, math.nan):
         with pytest.raises(ConfigError, match="must be above 0 and at most 1"):
             step_at(tmp_path, fraction)
@@ -528,6 +528,26 @@ def test_controls_on_the_real_base(base):
     for name, mask in low.items():
         sizes = np.abs(before[name].astype(np.float32))
         assert sizes[mask].max() <= sizes[~mask].min()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_of_equal_keys_the_first_are_chosen(seed):
+    """Full keys of 64 bits are equal too seldom to meet them elsewhere."""
+    rng = np.random.default_rng(seed)
+    size, strata = int(rng.integers(1, 400)), rng.integers(0, 4, 400)
+    keys = rng.choice(np.array([0, 1, 2**52 - 1, 2**52, 2**63, 2**64 - 1], np.uint64), 400)
+    strata, keys = strata[:size], keys[:size]
+    counts = np.array([rng.integers(0, (strata == s).sum() + 1) for s in range(4)])
+    expected = np.zeros(size, bool)
+    for stratum, count in enumerate(counts):
+        inside = np.flatnonzero(strata == stratum)
+        expected[inside[np.argsort(keys[inside], kind="stable")[:count]]] = True
+
+    def pieces():
+        for start in range(0, size, 64):
+            yield strata[start : start + 64], keys[start : start + 64]
+
+    assert (unpack(chosen._smallest(pieces, size, counts), size) == expected).all()
 
 
 # --- algebra, files --------------------------------------------------------------------------

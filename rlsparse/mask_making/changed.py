@@ -103,7 +103,7 @@ def of_trial(
         raise ConfigError(f"kind {kind}, step {step}: a step belongs to kind snapshot, and only to")
     notes = {
         "kind": kind.value,
-        "source": str(folder),
+        "source": f"trial {folder.name}",
         "trial_id": folder.name,
         "algorithm": config["algorithm"]["name"],
         "seed_of_trial": str(config["seed"]),
