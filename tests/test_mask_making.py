@@ -550,6 +550,13 @@ def test_of_equal_keys_the_first_are_chosen(seed):
     assert (unpack(chosen._smallest(pieces, size, counts), size) == expected).all()
 
 
+def test_scores_spread_over_the_buckets():
+    """What shares a bucket with the last weight chosen is held in memory."""
+    tensor = random_tensor(np.random.default_rng(0), "bf16", (100, 1000))
+    buckets = chosen._ranks(weights(tensor)) >> (32 - chosen._BUCKET_BITS)
+    assert np.bincount(buckets).max() < 0.05 * tensor.bits.size
+
+
 # --- algebra, files --------------------------------------------------------------------------
 
 

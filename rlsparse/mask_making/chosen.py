@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -218,17 +219,19 @@ def _principal(info: TensorInfo, rank: int) -> Scores:
         weights = weights.reshape(info.shape[0], -1)
         factors = decompose(weights, choose_method("auto", weights.shape), rank)
         weights = principal_scores(weights, factors.left[:, : factors.rank])
-    return np.abs(weights).astype(np.float32).reshape(-1).view(np.uint32)
+    return _ranks(weights.reshape(-1))
 
 
 def _sizes(info: TensorInfo, bits: Bits) -> Scores:
-    """|w| as integers of the same order."""
     _check_values(info)
-    if info.dtype == "fp64":
-        with np.errstate(over="ignore", under="ignore"):
-            return np.abs(values(bits, "fp64")).astype(np.float32).view(np.uint32)
-    sign = 1 << (8 * bits.itemsize - 1)
-    return (bits & bits.dtype.type(sign - 1)).astype(np.uint32)
+    return _ranks(values(bits, info.dtype))
+
+
+def _ranks(weights: NDArray[np.floating[Any]]) -> Scores:
+    """|w| as integers of the same order, which fill 32 bits, so that buckets divide them."""
+    with np.errstate(over="ignore", under="ignore"):
+        sizes: Scores = np.abs(weights).astype(np.float32, copy=False).view(np.uint32)
+    return sizes << np.uint32(1)
 
 
 def _highest(info: TensorInfo, count: int, scores: Callable[[], Iterator[Scores]]) -> Packed:
