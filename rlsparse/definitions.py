@@ -1,5 +1,6 @@
-"""The words of every measurement: what *unchanged* means, number formats, modules, bins."""
+"""The words of every measurement: what *unchanged* means, number formats, modules, bins, masks."""
 
+from enum import StrEnum
 from typing import Literal, get_args
 
 ABS_TOLERANCES: tuple[str, ...] = ("1e-08", "1e-07", "1e-06", "1e-05", "1e-04")
@@ -54,3 +55,32 @@ and more: nothing but the two densities; the density of each tensor; of each pow
 NULLS: tuple[str, ...] = (*NESTED_NULLS, "margins")
 """All nulls of table ``overlaps``. ``margins`` stands apart: the number of changed weights in each
 row and each column of each matrix."""
+
+MASK_SUFFIX = ".mask.safetensors"
+"""How names of mask files end, by which they are known from checkpoints."""
+
+
+class TrialMask(StrEnum):
+    """Masks that a trial has.
+
+    ``FINAL``: what differs from the base after its last step; ``SNAPSHOT``: after an earlier one;
+    ``EVER_CHANGED``: what did after any.
+    """
+
+    FINAL = "final"
+    SNAPSHOT = "snapshot"
+    EVER_CHANGED = "ever_changed"
+
+
+class Size(StrEnum):
+    """Which weights of a tensor by |w|: the smallest, or the largest."""
+
+    LOW = "low"
+    HIGH = "high"
+
+
+class Direction(StrEnum):
+    """Which weights of a matrix by its principal directions: the most principal, or the least."""
+
+    PRINCIPAL = "principal"
+    OTHER = "other"

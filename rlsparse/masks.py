@@ -6,10 +6,10 @@ are zero, in every result.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +89,25 @@ def _tail_bits(num_elements: int) -> np.uint8:
     return np.uint8((1 << num_elements % 8) - 1)
 
 
+class Mask(Protocol):
+    """Which weights of a model are in it, asked for tensor by tensor."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Weight tensor -> its shape."""
+
+    @property
+    def base_fingerprint(self) -> str:
+        """Of the checkpoint whose weights it selects; empty if it is of several."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What it is, and of what it was made."""
+
+    def packed(self, name: str) -> Packed:
+        """The packed mask of a weight tensor."""
+
+
 # --- mask files ------------------------------------------------------------------------------
 
 
@@ -137,21 +156,44 @@ def write_masks(
     Raises:
         CheckpointError: a mask does not fit its shape.
     """
-    ordered = sorted(masks.items())
-    for _, (shape, packed) in ordered:
-        check(packed, math.prod(shape))
+    packed = (masks[name][1] for name in sorted(masks))
+    shapes = {name: tuple(shape) for name, (shape, _) in masks.items()}
+    write_stream(path, shapes, packed, base_fingerprint, metadata)
+
+
+def write_stream(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    packed: Iterable[Packed],
+    base_fingerprint: str,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """``write_masks`` with one mask in memory at a time.
+
+    Args:
+        path: likewise.
+        shapes: weight tensor -> its shape.
+        packed: their masks, in order of name; an error that it raises leaves no file.
+        base_fingerprint: likewise.
+        metadata: likewise.
+
+    Raises:
+        CheckpointError: a mask does not fit its shape.
+    """
+    sizes = {name: math.prod(shape) for name, shape in sorted(shapes.items())}
     content = {
         "version": FORMAT_VERSION,
         "base_fingerprint": base_fingerprint,
         "metadata": dict(metadata or {}),
-        "shapes": {name: list(shape) for name, (shape, _) in ordered},
+        "shapes": {name: list(shapes[name]) for name in sizes},
     }
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     with atomic_write(path) as stream:
-        entries = [(name, "u8", packed.shape) for name, (_, packed) in ordered]
+        entries = [(name, "u8", (num_bytes(size),)) for name, size in sizes.items()]
         stream.write(header_bytes(entries, {METADATA_KEY: text}))
-        for _, (_, packed) in ordered:
-            stream.write(np.ascontiguousarray(packed).data)
+        for size, mask in zip(sizes.values(), packed, strict=True):
+            check(mask, size)
+            stream.write(np.ascontiguousarray(mask).data)
 
 
 def read_masks(path: str | Path) -> MaskFile:

@@ -144,12 +144,23 @@ def measure_lifts(
     return [Lifts(**found) for found in lifts]
 
 
+def principal_scores(weights: _Matrix, directions: _Matrix) -> _Matrix:
+    """|rank-k reconstruction of W0|, of which the largest are the principal weights (2511.08567).
+
+    Args:
+        weights: W0, shape [m, n].
+        directions: its k left principal directions, shape [m, k].
+
+    Returns:
+        Shape [m, n].
+    """
+    dtype = weights.dtype
+    reconstruction = directions.astype(dtype) @ (directions.T @ weights).astype(dtype)
+    return np.abs(reconstruction, out=reconstruction)
+
+
 def _scores(weights: _Matrix, directions: _Matrix, size: _Matrix) -> Iterator[tuple[str, _Matrix]]:
-    reconstruction = directions.astype(weights.dtype) @ (directions.T @ weights).astype(
-        weights.dtype
-    )
-    yield "principal_lift", np.abs(reconstruction, out=reconstruction)
-    del reconstruction
+    yield "principal_lift", principal_scores(weights, directions)
     yield "low_lift", -size
 
 

@@ -61,7 +61,9 @@ def test_the_tree_in_the_readme_names_nothing_else():
     assert not gone
 
 
-@pytest.mark.parametrize("command", [["--help"], ["run", "--help"], ["diff", "--help"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["run", "--help"], ["diff", "--help"], ["mask", "random", "--help"]]
+)
 def test_help_is_light(command):
     code = (
         "import sys; from pipelines.cli import main\n"

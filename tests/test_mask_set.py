@@ -103,6 +103,18 @@ def test_a_mask_of_a_trial_is_not_independent_of_it(world):
     assert chosen[places[0], places[2]] is None
 
 
+def test_a_mask_of_a_view_is_compared_in_that_view(world):
+    folder, _, masks = world
+    own = fingerprint(Checkpoint.open(folder / "base"))
+    file = folder / "some.mask.safetensors"
+    write_masks(file, {n: (SHAPES[n], pack(masks[0][n])) for n in SHAPES}, own, {"view": "fp16"})
+    places = [str(file), str(folder / "run1")]
+    (row, *_) = compare_masks(places, base=str(folder / "base"), view="fp16")
+    assert row["num_a"] == both(masks, 0, 0)
+    with pytest.raises(ConfigError, match=r"some.mask.safetensors is a mask file.* or --view fp16"):
+        compare_masks(places, base=str(folder / "base"))
+
+
 def test_a_mask_of_another_base_is_refused(world):
     folder, _, masks = world
     file = folder / "some.mask.safetensors"

@@ -10,6 +10,7 @@ import pyarrow as pa
 from rlsparse import tables
 from rlsparse.checkpoint import Checkpoint, fingerprint
 from rlsparse.config import ModelConfig
+from rlsparse.definitions import MASK_SUFFIX
 from rlsparse.deltas import mask_rows
 from rlsparse.diff import diff_checkpoints
 from rlsparse.errors import CheckpointError, ConfigError
@@ -20,7 +21,6 @@ from rlsparse.overlap.comparison import Comparison
 from rlsparse.patch import PATCH_FILE
 from rlsparse.patch.side import open_side
 
-MASK_SUFFIX = ".mask.safetensors"
 _OF_TRIAL = ("snapshots", "steps.parquet", "summary.json")
 
 Row = dict[str, Any]
@@ -43,8 +43,8 @@ def compare_masks(
         places: mask files, folders of trials (their last snapshot), patches, or checkpoints
             (folders, hub ids, URLs); two or more, of one base.
         base: the base checkpoint; not needed where a trial's folder names it.
-        view: number format in which patches and checkpoints are compared with the base; masks of
-            files are taken as they are.
+        view: number format in which patches and checkpoints are compared with the base, and masks
+            of files were made (those that trials leave: stored).
 
     Returns:
         Rows of table ``overlaps``, of all weights and of each module, whose ``trial_a`` and
@@ -53,7 +53,7 @@ def compare_masks(
 
     Raises:
         ConfigError: fewer than two places, no base to be found, something that holds no mask (a
-            study, a trial without snapshots, the base itself), or a view of a mask file.
+            study, a trial without snapshots, the base itself), or a mask file of another view.
         CheckpointError: something cannot be read, or is of another base.
     """
     if len(set(places)) < 2 or len(set(places)) < len(places):
@@ -62,12 +62,12 @@ def compare_masks(
             f"{', '.join(places) or 'none'}"
         )
     items = [_item(place) for place in places]
-    files = [item.label for item in items if item.mask]
-    if files and view != "stored":
-        raise ConfigError(
-            f"--view {view}: {files[0]} is a mask file, which says what changed in the stored "
-            "format alone; give its patch or checkpoint, or leave --view out"
-        )
+    for file in (item.mask for item in items if item.mask):
+        if view != (own := read_masks(file).metadata.get("view", "stored")):
+            raise ConfigError(
+                f"--view {view}: {file} is a mask file, which says what changed in the format "
+                f"{own} alone; give its patch or checkpoint, or --view {own}"
+            )
     source = base or _base_of(places)
     opened = Checkpoint.open(source if "://" in source else resolve(ModelConfig(source=source)))
     for item in items:

@@ -165,8 +165,8 @@ def update_size_labels(labels: Labels, sizes: Floats) -> Labels:
     return np.take(bins.astype(np.uint16).reshape(-1), cells)
 
 
-def count_strata(masks: NDArray[np.uint64], labels: Labels) -> Strata:
-    """Count the weights of each label, and those in each of R packed masks [R, words]."""
+def count_strata(masks: NDArray[np.unsignedinteger[Any]], labels: Labels) -> Strata:
+    """Count the weights of each label, and those in each of R packed masks [R, bytes or words]."""
     present, places = _occupied(labels)
     sizes = np.bincount(places, minlength=len(present)).astype(np.int64)
     return Strata(present, sizes, label_counts(masks, places, max(len(present), 1)))

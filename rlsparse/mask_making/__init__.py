@@ -1,0 +1,33 @@
+"""Makes subnetwork masks: of what training changed, of what it did not, and controls for both.
+
+Nothing is read before a tensor's mask is asked for, but for headers and fingerprints; ``write``
+takes one tensor after the other.
+"""
+
+from rlsparse.mask_making.algebra import complement, difference, intersection, union
+from rlsparse.mask_making.changed import changed, of_trial, step_at
+from rlsparse.mask_making.chosen import (
+    by_direction,
+    by_magnitude,
+    random_like,
+    random_within_magnitude,
+    uniform,
+)
+from rlsparse.mask_making.made import MadeMask, write
+
+__all__ = [
+    "MadeMask",
+    "by_direction",
+    "by_magnitude",
+    "changed",
+    "complement",
+    "difference",
+    "intersection",
+    "of_trial",
+    "random_like",
+    "random_within_magnitude",
+    "step_at",
+    "uniform",
+    "union",
+    "write",
+]
