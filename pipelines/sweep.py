@@ -12,6 +12,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,9 +24,12 @@ from pipelines.ledger import Ledger
 from pipelines.plan import Plan, load_base
 from pipelines.saves import Saves
 from pipelines.storage import Storage
+from pipelines.subnetworks import load_subnetwork
 from pipelines.workers import occupied, run_on_workers
+from rlsparse.checkpoint import Checkpoint
 from rlsparse.config import TrialConfig
 from rlsparse.errors import ConfigError, RlsparseError
+from rlsparse.mask_config import Origin
 from rlsparse.resources import Resources
 from rlsparse.study import Trial
 
@@ -124,6 +128,7 @@ def run_trial(spec: dict[str, Any], report: Any = lambda metrics: None) -> None:
         try:
             base = load_base(config.model, expect=spec["base_identity"])
             _check_data(config, expect=spec["data_version"])
+            origins = [Origin(**origin) for origin in spec["origins"]]
             train_trial(
                 config,
                 trial_id=name,
@@ -134,6 +139,7 @@ def run_trial(spec: dict[str, Any], report: Any = lambda metrics: None) -> None:
                 strategy=spec["resources"]["strategy"],
                 on_progress=on_progress,
                 saving=_saving(spec, config, base.fingerprint, saves, folder, report),
+                mask=load_subnetwork(config, origins, storage, Checkpoint.open(base.path)),
             )
         except RlsparseError as error:
             ledger.fail(name, f"{type(error).__name__}: {error}")
@@ -217,6 +223,7 @@ def _spec(plan: Plan, trial: Trial) -> dict[str, Any]:
         "storage": plan.storage.url,
         "base_identity": plan.base(trial).identity,
         "data_version": trial.data_version,
+        "origins": [asdict(origin) for origin in trial.origins],
         "resources": plan.study.resources.model_dump(mode="json"),
     }
 

@@ -4,6 +4,7 @@ Packed means little-endian: bit i of byte j is flat element 8 j + i. Bits beyond
 are zero, in every result.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlsparse.errors import CheckpointError
+from rlsparse.files import RemoteFile, locate
 from rlsparse.kernels import popcount
 from rlsparse.tensor_file import TensorInfo, atomic_write, header_bytes, read_header
 
 Packed = NDArray[np.uint8]
+
+Bits = dict[str, tuple[tuple[int, ...], Packed]]
+"""A mask of a model: weight tensor -> (its shape, its packed mask)."""
 
 FORMAT_VERSION = "1"
 METADATA_KEY = "rlsparse_mask"
@@ -89,6 +94,15 @@ def _tail_bits(num_elements: int) -> np.uint8:
     return np.uint8((1 << num_elements % 8) - 1)
 
 
+def fingerprint(bits: Mapping[str, tuple[Sequence[int], Packed]]) -> str:
+    """sha256 (hex) over names, shapes and packed masks of tensors, in order of name."""
+    digest = hashlib.sha256()
+    for name, (shape, packed) in sorted(bits.items()):
+        digest.update(json.dumps([name, list(shape)]).encode() + b"\n")
+        digest.update(np.ascontiguousarray(packed).data)
+    return digest.hexdigest()
+
+
 # --- mask files ------------------------------------------------------------------------------
 
 
@@ -97,13 +111,13 @@ class MaskFile:
     """An opened mask file; masks are read when asked for.
 
     Attributes:
-        path: the file.
+        path: the file, or its URL.
         shapes: weight tensor -> its shape, sorted by name.
         base_fingerprint: of the checkpoint whose weights the masks select.
         metadata: notes of whoever wrote it.
     """
 
-    path: Path
+    path: Path | str
     shapes: dict[str, tuple[int, ...]]
     base_fingerprint: str
     metadata: dict[str, str]
@@ -118,6 +132,14 @@ class MaskFile:
         mask = self.tensors[name].read().view(np.uint8)
         check(mask, math.prod(self.shapes[name]))
         return mask
+
+    def bits(self) -> "Bits":
+        """All of it: weight tensor -> (its shape, its packed mask).
+
+        Raises:
+            CheckpointError: bits are set beyond the last element of a tensor.
+        """
+        return {name: (shape, self.packed(name)) for name, shape in self.shapes.items()}
 
 
 def write_masks(
@@ -155,13 +177,16 @@ def write_masks(
 
 
 def read_masks(path: str | Path) -> MaskFile:
-    """Open a mask file.
+    """Open a mask file, by its path or its fsspec URL.
 
     Raises:
         CheckpointError: not a mask file, of another format version, or damaged.
     """
-    path = Path(path)
-    tensors, notes = read_header(path)
+    file = locate(path) if isinstance(path, str) and "://" in path else Path(path)
+    if not isinstance(file, Path | RemoteFile):
+        raise CheckpointError(f"{path} is a folder; give a mask file")
+    path = file if isinstance(file, Path) else str(file)
+    tensors, notes = read_header(file)
     if METADATA_KEY not in notes:
         raise CheckpointError(f"{path} is not a mask file: no {METADATA_KEY} in its metadata")
     try:

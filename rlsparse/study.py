@@ -17,6 +17,7 @@ from rlsparse.config import ModelConfig, TrialConfig
 from rlsparse.errors import ConfigError
 from rlsparse.identity import canonical_json, trial_id
 from rlsparse.levels import (
+    MASK,
     TAGS,
     Level,
     Scalar,
@@ -28,6 +29,8 @@ from rlsparse.levels import (
     put,
     touches,
 )
+from rlsparse.mask_config import Origin, TrialMask, leaves
+from rlsparse.mask_origins import absence, origin_config
 from rlsparse.resources import Resources
 from rlsparse.variants import Config, Location, explain, models_of, place_of, tag_of
 
@@ -148,7 +151,8 @@ class Trial:
         cell: factor path -> level label; a factor that the trial does not have is absent.
         role: a trial is a surrogate if its reward, unlike the baseline's, carries no information.
         control: name of the control, or None.
-        data_version: of its task, reward and data.
+        data_version: of its task, reward, data and mask files.
+        origins: what the masks of other trials in ``train.mask`` refer to, in their order.
     """
 
     trial_id: str
@@ -158,6 +162,12 @@ class Trial:
     role: Role
     control: Control | None
     data_version: str = ""
+    origins: tuple[Origin, ...] = ()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Ids of the trials that must be done before this one can begin."""
+        return tuple(dict.fromkeys(origin.trial_id for origin in self.origins))
 
     @property
     def label(self) -> str:
@@ -213,33 +223,48 @@ def expand(
     Args:
         study: a checked study.
         fingerprint: content hash of a base model.
-        data_version: version of a trial's task, reward and data.
+        data_version: version of a trial's task, reward, data and mask files.
 
     Raises:
-        StudyError: a cell is no valid trial or does not split over the workers, or no algorithm has
-            the reward that a control changes.
+        StudyError: a cell is no valid trial or does not split over the workers, no algorithm has
+            the reward that a control changes, or a mask is of a trial that is not in the study.
     """
     cells = _cells(study)
     baseline = study.baseline.model_dump(mode="json", exclude={"seed"})
     own_reward = baseline["algorithm"].get("reward")
     trials: dict[str, Trial] = {}
+    sources: dict[str, TrialConfig] = {}
+
+    def name_of(config: TrialConfig, replicate: int, origins: Sequence[Origin] = ()) -> str:
+        return trial_id(
+            config,
+            replicate=replicate,
+            num_threads=study.resources.num_threads,
+            num_workers=study.resources.num_workers,
+            strategy=study.resources.strategy,
+            base_fingerprint=fingerprint(config.model),
+            data_version=data_version(config),
+            origins=origins,
+        )
+
+    def origin(mask: TrialMask, config: TrialConfig) -> Origin:
+        source = origin_config(mask, config, baseline, study.seeds)
+        name = name_of(source, 0)
+        sources[name] = source
+        return Origin(name, mask.take, mask.step_of(source.train.num_steps))
 
     def add(cell: _Cell, seed: int, control: Control | None = None) -> None:
         config, labels = cell
         resolved = TrialConfig.model_validate({**config, "seed": seed})
         if reason := study.resources.conflict(resolved):
             raise StudyError(f"resources: {reason}").at("resources")
+        masks = [leaf for leaf in leaves(resolved.train.mask) if isinstance(leaf, TrialMask)]
+        try:
+            origins = tuple(origin(mask, resolved) for mask in masks)
+        except ConfigError as error:
+            raise _of_mask(study, labels, str(error)) from error
         replicate = int(control == "same_seed")
-        version = data_version(resolved)
-        name = trial_id(
-            resolved,
-            replicate=replicate,
-            num_threads=study.resources.num_threads,
-            num_workers=study.resources.num_workers,
-            strategy=study.resources.strategy,
-            base_fingerprint=fingerprint(resolved.model),
-            data_version=version,
-        )
+        name = name_of(resolved, replicate, origins)
         reward = config["algorithm"].get("reward")
         is_surrogate = reward in SURROGATES.values() and reward != own_reward
         role: Role = "baseline" if config == baseline else "factor"
@@ -247,7 +272,9 @@ def expand(
             role = "surrogate"
         elif control:
             role = "control"
-        trials.setdefault(name, Trial(name, resolved, replicate, labels, role, control, version))
+        version = data_version(resolved)
+        trial = Trial(name, resolved, replicate, labels, role, control, version, origins)
+        trials.setdefault(name, trial)
 
     for cell in cells:
         for seed in study.seeds:
@@ -257,7 +284,21 @@ def expand(
             once = control in ("lr_zero", "same_seed")
             for seed in study.seeds[:1] if once else study.seeds:
                 add(cell, seed, control)
+    for trial in trials.values():
+        for name in trial.needs:
+            if name not in trials:
+                reason = absence(sources[name], [one.config for one in trials.values()])
+                text = f"the mask of trial {trial.label} is of a trial outside of this study: "
+                raise _of_mask(study, trial.cell, text + reason)
     return list(trials.values())
+
+
+def _of_mask(study: Study, cell: Mapping[str, str], reason: str) -> StudyError:
+    """An error of the mask that a cell has, with its place."""
+    if MASK not in cell:
+        return StudyError(f"baseline: {reason}").at("baseline", "train", "mask")
+    labels = [level_label(level) for level in study.factors[MASK]]
+    return StudyError(f"factors: {reason}").at("factors", MASK, labels.index(cell[MASK]))
 
 
 def _control_cells(study: Study, control: Control, index: int, cells: list[_Cell]) -> list[_Cell]:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from rlsparse.config import TrialConfig
+from rlsparse.mask_config import FileMask, leaves
+from rlsparse.masks import fingerprint, read_masks
 from rlsparse.task_config import TaskConfig
 from rlsparse.tasks.basic_arithmetic import BasicArithmetic
 from rlsparse.tasks.chain_sum import ChainSum
@@ -38,10 +40,11 @@ def data_version(config: TrialConfig) -> str:
     """What decides a trial's data and rewards beside its configuration; part of its identity.
 
     The task's version, followed by hashes of the code of a user's reward and of a user's
-    demonstrations or preferences, where the algorithm has them.
+    demonstrations or preferences, where the algorithm has them, and of the bits of mask files.
 
     Raises:
         ConfigError: a user's file, data set or function is not there.
+        CheckpointError: a mask file is not there, or damaged.
     """
     reward = getattr(config.algorithm, "reward", "task")
     data = getattr(config.algorithm, "data", "gold")
@@ -50,6 +53,8 @@ def data_version(config: TrialConfig) -> str:
         parts.append(f"reward {code_hash(reward)}")
     if data not in ("gold", "sampled"):
         parts.append(f"data {content_hash(data)}")
+    files = [leaf.file for leaf in leaves(config.train.mask) if isinstance(leaf, FileMask)]
+    parts += [f"mask {fingerprint(read_masks(file).bits())[:16]}" for file in files]
     return ", ".join(parts)
 
 
