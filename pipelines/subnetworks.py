@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pipelines.plan import Base
 from pipelines.storage import Storage
 from rlsparse import masks
-from rlsparse.checkpoint import Checkpoint, fingerprint
+from rlsparse.checkpoint import Checkpoint
 from rlsparse.config import TrialConfig
 from rlsparse.errors import StorageError
 from rlsparse.mask_config import FileMask, Leaf, Origin
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def load_subnetwork(
-    config: TrialConfig, origins: Sequence[Origin], storage: Storage, base: Checkpoint
+    config: TrialConfig, origins: Sequence[Origin], storage: Storage, base: Base
 ) -> "SubnetworkMask | None":
     """The mask of a trial; None if it has none.
 
@@ -26,7 +27,7 @@ def load_subnetwork(
         config: the trial.
         origins: what its masks of other trials refer to (``study.Trial.origins``).
         storage: of the study.
-        base: weights that the trial starts from.
+        base: model that the trial starts from.
 
     Raises:
         StorageError: a trial that it is of is not done.
@@ -37,18 +38,20 @@ def load_subnetwork(
 
     if config.train.mask is None:
         return None
-    left = iter(origins)
+    left, weights = iter(origins), Checkpoint.open(base.path)
 
     def read(leaf: Leaf) -> masks.Bits:
         if isinstance(leaf, FileMask):
             return masks.read_masks(leaf.file).bits()
-        return _of_trial(next(left), storage, base)
+        return _of_trial(next(left), storage, weights, base.fingerprint)
 
-    bits = make_mask(config.train.mask, read, base, seed=config.seed)
-    return SubnetworkMask(bits, fingerprint(base))
+    bits = make_mask(config.train.mask, read, weights, seed=config.seed)
+    return SubnetworkMask(bits, base.fingerprint)
 
 
-def _of_trial(origin: Origin, storage: Storage, base: Checkpoint) -> masks.Bits:
+def _of_trial(
+    origin: Origin, storage: Storage, base: Checkpoint, base_fingerprint: str
+) -> masks.Bits:
     folder = f"trials/{origin.trial_id}"
     if not storage.is_done(folder):
         raise StorageError(
@@ -59,4 +62,4 @@ def _of_trial(origin: Origin, storage: Storage, base: Checkpoint) -> masks.Bits:
         with storage.local_copy(f"{folder}/{EVER_CHANGED}") as path:
             return masks.read_masks(path).bits()
     with storage.local_copy(f"{folder}/{snapshot_folder(origin.step)}/{PATCH_FILE}") as path:
-        return changed(base, Patch.open(path))
+        return changed(base, base_fingerprint, Patch.open(path))

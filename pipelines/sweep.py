@@ -26,7 +26,6 @@ from pipelines.saves import Saves
 from pipelines.storage import Storage
 from pipelines.subnetworks import load_subnetwork
 from pipelines.workers import occupied, run_on_workers
-from rlsparse.checkpoint import Checkpoint
 from rlsparse.config import TrialConfig
 from rlsparse.errors import ConfigError, RlsparseError
 from rlsparse.mask_config import Origin
@@ -169,7 +168,7 @@ def run_trial(spec: dict[str, Any], report: Any = lambda metrics: None) -> None:
                 strategy=spec["resources"]["strategy"],
                 on_progress=on_progress,
                 saving=_saving(spec, config, base.fingerprint, saves, folder, report),
-                mask=load_subnetwork(config, origins, storage, Checkpoint.open(base.path)),
+                mask=load_subnetwork(config, origins, storage, base),
             )
         except RlsparseError as error:
             ledger.fail(name, f"{type(error).__name__}: {error}")

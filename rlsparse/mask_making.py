@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from rlsparse import masks
-from rlsparse.checkpoint import Checkpoint, fingerprint
+from rlsparse.checkpoint import Checkpoint
 from rlsparse.errors import CheckpointError
 from rlsparse.kernels import popcount
 from rlsparse.mask_config import Leaf, LikeMask, MaskConfig, Pick, UnionMask, parts
@@ -38,13 +38,18 @@ def make_mask(
     return _combined(masks.union if isinstance(mask, UnionMask) else masks.intersection, made)
 
 
-def changed(base: Checkpoint, patch: Patch) -> Bits:
+def changed(base: Checkpoint, base_fingerprint: str, patch: Patch) -> Bits:
     """The weights that a patch of ``base`` changes, bitwise, in the format of the patch.
+
+    Args:
+        base: what the patch is against.
+        base_fingerprint: its ``checkpoint.fingerprint``, which costs a pass over all weights.
+        patch: as it was opened.
 
     Raises:
         PatchError: the patch is damaged, or of another base.
     """
-    check_base(base, patch, fingerprint(base))
+    check_base(base, patch, base_fingerprint)
     found = {}
     for name, tensor in patch.tensors.items():
         # A chunk begins at a multiple of 64 elements, so that its bytes are whole.

@@ -6,7 +6,7 @@ study from YAML.
 
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
@@ -232,39 +232,17 @@ def expand(
     cells = _cells(study)
     baseline = study.baseline.model_dump(mode="json", exclude={"seed"})
     own_reward = baseline["algorithm"].get("reward")
+    names = _Names(study, baseline, fingerprint, data_version)
     trials: dict[str, Trial] = {}
-    sources: dict[str, TrialConfig] = {}
-
-    def name_of(config: TrialConfig, replicate: int, origins: Sequence[Origin] = ()) -> str:
-        return trial_id(
-            config,
-            replicate=replicate,
-            num_threads=study.resources.num_threads,
-            num_workers=study.resources.num_workers,
-            strategy=study.resources.strategy,
-            base_fingerprint=fingerprint(config.model),
-            data_version=data_version(config),
-            origins=origins,
-        )
-
-    def origin(mask: TrialMask, config: TrialConfig) -> Origin:
-        source = origin_config(mask, config, baseline, study.seeds)
-        name = name_of(source, 0)
-        sources[name] = source
-        return Origin(name, mask.take, mask.step_of(source.train.num_steps))
 
     def add(cell: _Cell, seed: int, control: Control | None = None) -> None:
         config, labels = cell
         resolved = TrialConfig.model_validate({**config, "seed": seed})
         if reason := study.resources.conflict(resolved):
             raise StudyError(f"resources: {reason}").at("resources")
-        masks = [leaf for leaf in leaves(resolved.train.mask) if isinstance(leaf, TrialMask)]
-        try:
-            origins = tuple(origin(mask, resolved) for mask in masks)
-        except ConfigError as error:
-            raise _of_mask(study, labels, str(error)) from error
-        replicate = int(control == "same_seed")
-        name = name_of(resolved, replicate, origins)
+        origins = names.origins(resolved, labels)
+        replicate, version = int(control == "same_seed"), data_version(resolved)
+        name = names.name(resolved, replicate, version, origins)
         reward = config["algorithm"].get("reward")
         is_surrogate = reward in SURROGATES.values() and reward != own_reward
         role: Role = "baseline" if config == baseline else "factor"
@@ -272,7 +250,6 @@ def expand(
             role = "surrogate"
         elif control:
             role = "control"
-        version = data_version(resolved)
         trial = Trial(name, resolved, replicate, labels, role, control, version, origins)
         trials.setdefault(name, trial)
 
@@ -284,21 +261,63 @@ def expand(
             once = control in ("lr_zero", "same_seed")
             for seed in study.seeds[:1] if once else study.seeds:
                 add(cell, seed, control)
-    for trial in trials.values():
-        for name in trial.needs:
-            if name not in trials:
-                reason = absence(sources[name], [one.config for one in trials.values()])
-                text = f"the mask of trial {trial.label} is of a trial outside of this study: "
-                raise _of_mask(study, trial.cell, text + reason)
+    names.check(trials)
     return list(trials.values())
 
 
-def _of_mask(study: Study, cell: Mapping[str, str], reason: str) -> StudyError:
-    """An error of the mask that a cell has, with its place."""
-    if MASK not in cell:
-        return StudyError(f"baseline: {reason}").at("baseline", "train", "mask")
-    labels = [level_label(level) for level in study.factors[MASK]]
-    return StudyError(f"factors: {reason}").at("factors", MASK, labels.index(cell[MASK]))
+@dataclass(frozen=True)
+class _Names:
+    """Names of the trials of a study, and what their masks are of; see ``expand``."""
+
+    study: Study
+    baseline: dict[str, Any]
+    fingerprint: Callable[[ModelConfig], str]
+    data_version: Callable[[TrialConfig], str]
+    sources: dict[str, TrialConfig] = field(default_factory=dict)
+    """Trials that masks are of, by name; whether they are in the study or not."""
+
+    def name(
+        self, config: TrialConfig, replicate: int, version: str, origins: Sequence[Origin] = ()
+    ) -> str:
+        resources = self.study.resources
+        return trial_id(
+            config,
+            replicate=replicate,
+            num_threads=resources.num_threads,
+            num_workers=resources.num_workers,
+            strategy=resources.strategy,
+            base_fingerprint=self.fingerprint(config.model),
+            data_version=version,
+            origins=origins,
+        )
+
+    def origins(self, config: TrialConfig, cell: Mapping[str, str]) -> tuple[Origin, ...]:
+        masks = [leaf for leaf in leaves(config.train.mask) if isinstance(leaf, TrialMask)]
+        try:
+            return tuple(self._origin(mask, config) for mask in masks)
+        except ConfigError as error:
+            raise self._error(cell, str(error)) from error
+
+    def _origin(self, mask: TrialMask, config: TrialConfig) -> Origin:
+        source = origin_config(mask, config, self.baseline, self.study.seeds)
+        name = self.name(source, 0, self.data_version(source))
+        self.sources[name] = source
+        return Origin(name, mask.take, mask.step_of(source.train.num_steps))
+
+    def check(self, trials: Mapping[str, Trial]) -> None:
+        """Refuse masks of trials that are not there."""
+        for trial in trials.values():
+            for name in trial.needs:
+                if name not in trials:
+                    reason = absence(self.sources[name], [one.config for one in trials.values()])
+                    text = f"the mask of trial {trial.label} is of a trial outside of this study: "
+                    raise self._error(trial.cell, text + reason)
+
+    def _error(self, cell: Mapping[str, str], reason: str) -> StudyError:
+        if MASK not in cell:
+            return StudyError(f"baseline: {reason}").at("baseline", "train", "mask")
+        labels = [level_label(level) for level in self.study.factors[MASK]]
+        return StudyError(f"factors: {reason}").at("factors", MASK, labels.index(cell[MASK]))
 
 
 def _control_cells(study: Study, control: Control, index: int, cells: list[_Cell]) -> list[_Cell]:

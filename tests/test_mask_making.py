@@ -43,7 +43,7 @@ def test_what_a_trial_changed_is_what_differs_in_its_checkpoint(
     trained, tiny_trial, base, precision
 ):
     trial = trained(tiny_trial(precision=precision, keep_checkpoints=True), base)
-    found = bools(changed(BASE, Patch.open(trial.patch())))
+    found = bools(changed(BASE, base.fingerprint, Patch.open(trial.patch())))
     before = load_file(base.path / "model.safetensors")
     after = load_file(trial.folder / "checkpoint" / "model.safetensors")
     assert found.keys() == after.keys()
@@ -56,7 +56,7 @@ def test_what_a_trial_changed_is_what_differs_in_its_checkpoint(
 def test_a_patch_of_another_base_has_no_mask(trained, tiny_trial, base, wide_base):
     trial = trained(tiny_trial(keep_checkpoints=True, precision="bf16"), base)
     with pytest.raises(PatchError, match="belongs to the base with fingerprint"):
-        changed(Checkpoint.open(wide_base.path), Patch.open(trial.patch()))
+        changed(Checkpoint.open(wide_base.path), wide_base.fingerprint, Patch.open(trial.patch()))
 
 
 def test_random_masks_have_the_counts_of_each_tensor_and_are_drawn_uniformly():

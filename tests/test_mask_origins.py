@@ -1,5 +1,8 @@
 """A mask of another trial: which trial that is, what it makes of names, and what is refused."""
 
+import re
+from pathlib import Path
+
 import pytest
 import small_study
 
@@ -148,3 +151,15 @@ def test_a_mask_that_cannot_be_is_told_with_its_line(tmp_path, mask, set_, said)
     if not set_:
         line = STUDY.splitlines().index("  train.mask: [null, {mask}]") + 1
         assert f"why.yaml:{line}:" in str(caught.value)
+
+
+def test_the_study_in_the_readme_has_two_phases(tmp_path):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    block = re.search(r"a study of two phases:\n\n```yaml\n(.*?)```", text, re.DOTALL)[1]
+    study = small_study.load(tmp_path, f"question: Does the subnetwork recover?\n{block}")
+    found = expand(study, fingerprint=lambda _: "f", data_version=lambda _: "1")
+    assert len(found) == 5 * 2 * 4
+    assert sum(bool(trial.needs) for trial in found) == 4 * 2 * 4
+    assert {trial.cell["train.mask"] for trial in found} == {
+        "null", "final", "random(final)", "final(seed=other)", "snapshot(step=6)",
+    }  # fmt: skip

@@ -1,6 +1,8 @@
 """Trials that train the weights in a mask alone, against their full checkpoints."""
 
+import copy
 import math
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from conftest import SMALL, Trained
 from safetensors.torch import load_file
 from shelf import Shelf, assert_went_on, cut, save_and_go_on
-from test_subnetwork import bools, mask_of
+from test_subnetwork import backward, bools, mask_of
 
 from rlsparse import tables
 from rlsparse.algorithms import ALGORITHMS
@@ -19,8 +21,9 @@ from rlsparse.errors import CheckpointError, ConfigError, TrialError
 from rlsparse.models import TINY
 from rlsparse.models.loading import load_model
 from rlsparse.names import layer_and_module
-from rlsparse.subnetwork import SubnetworkMask, load_mask
+from rlsparse.subnetwork import SubnetworkAdamW, SubnetworkMask, load_mask
 from rlsparse.tables import SUBNETWORK
+from rlsparse.update_probe import count_updates
 
 MASK = {"file": "a.mask.safetensors"}
 """What a configuration says; these trials are given the mask itself."""
@@ -183,6 +186,33 @@ def test_a_trial_of_a_mask_goes_on_to_the_same_bits(name, base, tmp_path, model)
     kept = [v for one in state["optimizer"]["state"].values() for v in one.values()]
     sizes = [value.numel() for value in kept if isinstance(value, torch.Tensor) and value.dim()]
     assert 0 < sum(sizes) <= 2 * mask.num_selected  # packed
+
+
+# --- what is measured --------------------------------------------------------------------------
+
+
+def test_updates_are_counted_over_the_weights_in_the_mask(model):
+    """Against Adam's first step, lr g / (|g| + eps), on dense gradients."""
+    mask, rate = mask_of(model, 0.1, without=(next(iter(dict(model.named_parameters()))),)), 3e-5
+    dense, masked = (copy.deepcopy(model).float() for _ in range(2))
+    optimizer = SubnetworkAdamW(masked, mask, lr=rate)
+    before = {name: w.detach().clone().flatten() for name, w in masked.named_parameters()}
+    backward(dense, 0)
+    backward(masked, 0)
+    optimizer.step()
+    found = count_updates(masked, optimizer, before.__getitem__)
+    counts = np.zeros(5, int)
+    for (name, weight), after in zip(dense.named_parameters(), masked.parameters(), strict=True):
+        inside = bools(mask, name).flatten()
+        gradient, old, new = (t.flatten()[inside] for t in (weight.grad, weight, after.detach()))
+        _, exponent = torch.frexp(old.detach().double())  # |w| = f 2^e with 1/2 <= f < 1
+        reaches = rate * (gradient / (gradient.abs() + 1e-8)).abs() >= 2.0 ** (exponent - 9)
+        differs = old.detach().bfloat16() != new.bfloat16()
+        sums = (inside, gradient != 0, reaches, differs, reaches & differs)
+        counts += [int(one.sum()) for one in sums]
+    assert counts.min() > 0
+    assert counts[2] < counts[1]
+    assert list(astuple(found)) == list(counts)
 
 
 # --- costs -----------------------------------------------------------------------------------

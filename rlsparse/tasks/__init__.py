@@ -5,6 +5,7 @@ in ``TASKS``. Importing this package imports neither torch nor any library of da
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from rlsparse.config import TrialConfig
@@ -18,7 +19,7 @@ from rlsparse.tasks.problem import Problem, Split, Task
 from rlsparse.tasks.products import Products
 from rlsparse.tasks.prompts import render_prompts
 from rlsparse.tasks.rewards import Reward, load_reward
-from rlsparse.tasks.rows import content_hash
+from rlsparse.tasks.rows import content_hash, stamp
 from rlsparse.tasks.simple_equations import SimpleEquations
 from rlsparse.tasks.user_code import code_hash
 
@@ -54,8 +55,14 @@ def data_version(config: TrialConfig) -> str:
     if data not in ("gold", "sampled"):
         parts.append(f"data {content_hash(data)}")
     files = [leaf.file for leaf in leaves(config.train.mask) if isinstance(leaf, FileMask)]
-    parts += [f"mask {fingerprint(read_masks(file).bits())[:16]}" for file in files]
+    parts += [f"mask {_mask_hash(file, stamp(file))}" for file in files]
     return ", ".join(parts)
+
+
+@lru_cache(maxsize=64)
+def _mask_hash(file: str, stamp: tuple[int, ...]) -> str:
+    """Hash of the bits of a mask file, which is read again when its stamp has changed."""
+    return fingerprint(read_masks(file).bits())[:16]
 
 
 __all__ = [

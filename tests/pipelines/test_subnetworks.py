@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from pipelines import study as running
 from pipelines import sweep
 from pipelines.dry_run import print_dry_run
-from pipelines.plan import Plan, make_plan
+from pipelines.plan import Plan, load_base, make_plan
 from pipelines.storage import Storage
 from pipelines.subnetworks import load_subnetwork
 from pipelines.sweep import _spec, phases, run_trial, run_trials
@@ -105,8 +105,9 @@ def test_a_mask_is_read_from_the_storage_of_the_study(
     plan = plan_of(tmp_path, **{"factors.train.mask": f"[null, {takes}, {first}]", "seeds": "[0]"})
     (source,) = trials(plan, "null")
     folder = Path(plan.storage.path(f"trials/{source.trial_id}"))
+    base = load_base(source.config.model)
     with pytest.raises(StorageError, match=f"of trial {source.trial_id}, which is not done"):
-        load_subnetwork(plan.trials[1].config, plan.trials[1].origins, plan.storage, BASE)
+        load_subnetwork(plan.trials[1].config, plan.trials[1].origins, plan.storage, base)
     run_trial(_spec(plan, source))
     assert not (folder / SUBNETWORK).exists()
     monkeypatch.setattr(Storage, "is_local", is_local)
@@ -114,18 +115,20 @@ def test_a_mask_is_read_from_the_storage_of_the_study(
 
     def found(label: str) -> str:
         (trial,) = trials(plan, label)
-        mask = load_subnetwork(trial.config, trial.origins, storage, BASE)
+        mask = load_subnetwork(trial.config, trial.origins, storage, base)
         assert mask is not None
-        assert mask.base_fingerprint == fingerprint(BASE)
+        assert mask.base_fingerprint == base.fingerprint
         return mask.fingerprint
 
     patches = {s: Patch.open(folder / snapshot_folder(s) / PATCH_FILE) for s in (1, 2)}
-    assert found("final") == masks.fingerprint(changed(BASE, patches[2]))
-    assert found("snapshot(step=1)") == masks.fingerprint(changed(BASE, patches[1]))
+    assert found("final") == masks.fingerprint(changed(BASE, base.fingerprint, patches[2]))
+    assert found("snapshot(step=1)") == masks.fingerprint(
+        changed(BASE, base.fingerprint, patches[1])
+    )
     ever = masks.read_masks(folder / EVER_CHANGED).bits()
     assert found("ever_changed") == masks.fingerprint(ever)
     assert len({found(level) for level in ("final", "snapshot(step=1)", "ever_changed")}) == 3
-    assert load_subnetwork(source.config, (), storage, BASE) is None
+    assert load_subnetwork(source.config, (), storage, base) is None
 
 
 def test_a_mask_file_is_of_the_identity_of_a_trial(tmp_path: Path) -> None:
