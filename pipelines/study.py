@@ -118,7 +118,11 @@ def _with_sources(
     needed = {name for trial in todo for name in trial.needs} - asked
     added = [t for t in plan.trials if t.trial_id in needed and not _is_done(entries, t)]
     for trial in added:
-        console.print(f"{trial.label} ({trial.trial_id}) runs first: a mask is of it", markup=False)
+        console.print(
+            f"{trial.label} ({trial.trial_id}) runs first: a mask is of it",
+            markup=False,
+            soft_wrap=True,
+        )
     return [*added, *todo]
 
 

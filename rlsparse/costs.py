@@ -291,7 +291,7 @@ def _moments(
         "step": {
             "gradients": (trained + dense + total * (algorithm.name in _COMPANION)) * item,
             "exchange": _exchanged(size, trained, num_workers, num_shards) * item,
-            "autocast": trained * 2 if mixed else 0,
+            "autocast": size.num_trained(train) // num_shards * 2 if mixed else 0,  # whole tensors
             "activations": num_tokens * size.layers * kept,
             # Logits, probabilities, their gradient and a product on the way; of the head a copy and
             # its gradient, alone and as tied.

@@ -15,12 +15,13 @@ from test_subnetwork import backward, bools, mask_of
 from rlsparse import tables
 from rlsparse.algorithms import ALGORITHMS
 from rlsparse.checkpoint import Checkpoint
-from rlsparse.config import STORED_DTYPE, TrialConfig
+from rlsparse.config import STORED_DTYPE, TrainConfig, TrialConfig
 from rlsparse.costs import ModelSize, trial_memory
 from rlsparse.errors import CheckpointError, ConfigError, TrialError
 from rlsparse.models import TINY
 from rlsparse.models.loading import load_model
 from rlsparse.names import layer_and_module
+from rlsparse.optim import build_optimizer
 from rlsparse.subnetwork import SubnetworkAdamW, SubnetworkMask, load_mask
 from rlsparse.tables import SUBNETWORK
 from rlsparse.update_probe import count_updates
@@ -104,6 +105,28 @@ def test_a_mask_of_all_weights_is_the_whole_trial(
     assert any(row["clipped_fraction"] for row in steps_of(whole))
     assert "mask_density" not in whole.summary
     assert not (whole.folder / SUBNETWORK).exists()
+
+
+@pytest.mark.parametrize(
+    ("precision", "optimizer", "in_fp32"),
+    [("fp32", "adamw", "masters"), ("bf16-mixed", "sgd", "nothing"), ("bf16", "adamw", "nothing"),
+     ("bf16-weights", "adamw", "moments"), ("bf16-weights", "sgd-momentum", "moments"),
+     ("bf16-weights", "sgd", "nothing")],
+)  # fmt: skip
+def test_settings_of_training_reach_the_optimizer(model, precision, optimizer, in_fp32):
+    config = TrainConfig(
+        precision=precision, optimizer=optimizer, learning_rate=0.3, weight_decay=0.2,
+        adam_beta1=0.5, adam_beta2=0.6, adam_epsilon=1e-3, momentum=0.7, max_grad_norm=0.4,
+    )  # fmt: skip
+    found = build_optimizer(copy.deepcopy(model), config, mask_of(model, 0.1))
+    own = {
+        "adamw": {"betas": (0.5, 0.6), "eps": 1e-3}, "sgd": {"momentum": 0.0},
+        "sgd-momentum": {"momentum": 0.7},
+    }  # fmt: skip
+    expected = {"lr": 0.3, "weight_decay": 0.2, **own[optimizer]}
+    assert expected.items() <= found.param_groups[0].items()
+    assert found.state_dict()["subnetwork"]["in_fp32"] == in_fp32
+    assert found._max_grad_norm == 0.4
 
 
 def test_of_a_mask_what_is_trained_is_what_trainable_modules_leave(
@@ -220,7 +243,7 @@ def test_updates_are_counted_over_the_weights_in_the_mask(model):
 
 def test_memory_is_that_of_the_weights_in_the_mask():
     size = ModelSize.of(Checkpoint.open(TINY))
-    train = {**SMALL["train"], "precision": "fp32"}
+    train = {**SMALL["train"], "precision": "bf16-mixed", "batch_size": 256}
 
     def parts(mask, num_in_mask=None) -> dict[str, int]:
         config = TrialConfig.model_validate(
@@ -235,3 +258,4 @@ def test_memory_is_that_of_the_weights_in_the_mask():
     assert tenth["optimizer"] == 8 * (size.num_weights // 10)
     assert tenth["mask"] == 4 * (size.num_weights // 10)
     assert tenth["gradients"] < whole["gradients"] / 2
+    assert tenth["autocast"] == whole["autocast"]  # of whole tensors
