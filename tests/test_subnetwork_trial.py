@@ -83,9 +83,10 @@ def test_every_algorithm_trains_the_mask_alone(run_trial, tiny_trial, base, mode
     assert all(0 <= row["update_below_half_ulp"] <= 1 for row in rows if row["half_ulp_recall"])
 
 
-FULL = [("sft", "fp32", "adamw"), ("sft", "bf16-mixed", "adamw"), ("sft", "bf16", "sgd-momentum"),
-        ("sft", "bf16-weights", "sgd"), ("grpo", "fp32", "adamw"), ("grpo", "bf16-mixed", "adamw"),
-        ("grpo", "bf16-weights", "adamw")]  # fmt: skip
+FULL = [
+    ("sft", "fp32", "adamw"), ("sft", "bf16-mixed", "adamw"), ("sft", "bf16", "sgd-momentum"),
+    ("sft", "bf16-weights", "sgd"), ("grpo", "fp32", "adamw"), ("grpo", "bf16-mixed", "adamw"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "precision", "optimizer"), FULL)
