@@ -122,7 +122,10 @@ def of_session() -> Capacity:
 
 
 def memory_of(plan: Plan, trial: Trial) -> Memory:
-    """Estimated peak memory of a trial, where it trains: of each of its workers."""
+    """Estimated peak memory of a trial, where it trains: of each of its workers.
+
+    How large a mask will be is not known yet: it is taken to have all weights, an upper bound.
+    """
     resources = plan.study.resources
     device: Device = "gpu" if resources.gpus_per_worker else "cpu"
     num_shards = resources.num_workers if resources.strategy == "fsdp" else 1

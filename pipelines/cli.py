@@ -62,7 +62,10 @@ def run(
         str | None, typer.Option(help="Ray cluster; default: Ray on this machine.")
     ] = None,
     overrides: Overrides = None,
-    only: Annotated[str | None, typer.Option(help="Run just this trial (id or prefix).")] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(help="Run just this trial (id or prefix), and those that its mask is of."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print trials, time and bytes; write nothing.")
     ] = False,

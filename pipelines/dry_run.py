@@ -16,7 +16,11 @@ def print_dry_run(plan: Plan) -> None:
         key = (trial.control or "", ", ".join(f"{k}={v}" for k, v in trial.cell.items()))
         cells.setdefault(key, []).append(trial)
     print(f"{plan.study.name}: {plan.study.question}")
-    for (control, cell), trials in cells.items():
+    independent = [item for item in cells.items() if not item[1][0].needs]
+    dependent = [item for item in cells.items() if item[1][0].needs]
+    for number, ((control, cell), trials) in enumerate([*independent, *dependent]):
+        if number == len(independent):
+            print("  then, under masks of these (memory as if they were of all weights):")
         memory = capacity.memory_of(plan, trials[0])
         print(
             f"  {len(trials)} x {cell or 'baseline'}{f' [{control}]' if control else ''} "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rlsparse.definitions import MASK_SUFFIX, VIEWS, Direction, Size, TrialMask
+from rlsparse.definitions import MASK_SUFFIX, VIEWS, Direction, Size, Take
 from rlsparse.errors import ConfigError, StorageError
 
 if TYPE_CHECKING:
@@ -72,10 +72,10 @@ def from_trial(
         str, typer.Argument(metavar="TRIAL", show_default=False, help="Its id, or a prefix.")
     ],
     out: Out,
-    kind: Annotated[
-        TrialMask,
+    take: Annotated[
+        Take,
         typer.Option(help="What differed from the base after the last step, after another, ever."),
-    ] = TrialMask.FINAL,
+    ] = Take.FINAL,
     step: Annotated[int | None, typer.Option(help="Of the snapshot.")] = None,
     fraction: Annotated[
         float | None, typer.Option(help="Of training, at whose end the snapshot was taken.")
@@ -84,19 +84,19 @@ def from_trial(
     force: Force = False,
 ) -> None:
     """What a trial of a study changed; of another seed, algorithm or task: a transfer mask."""
-    if [step, fraction].count(None) != (1 if kind is TrialMask.SNAPSHOT else 2):
+    if [step, fraction].count(None) != (1 if take is Take.SNAPSHOT else 2):
         raise ConfigError(
-            f"--kind {kind}: give --step or --fraction with --kind snapshot, one of them, and "
-            "neither with other kinds"
+            f"--take {take}: give --step or --fraction with --take snapshot, one of them, and "
+            "neither with the others"
         )
     from pipelines.storage import Storage
-    from rlsparse.mask_making import of_trial, step_at
+    from rlsparse.mask_making import of_trial, step_of
 
     storage = Storage(study)
     _check_out(out, force)
     with storage.local_copy(f"trials/{_trial_id(storage, trial)}") as folder:
-        at = step if fraction is None else step_at(folder, fraction)
-        _write(of_trial(folder, kind, step=at, base=base), out)
+        at = step if fraction is None else step_of(folder, fraction)
+        _write(of_trial(folder, take, step=at, base=base), out)
 
 
 @app.command("random")

@@ -44,7 +44,7 @@ class Inputs:
 
     Attributes:
         bases: recorded bases, by the JSON of ``model``.
-        data_versions: recorded versions of data, by the JSON of ``task`` and ``algorithm``.
+        data_versions: recorded versions of data, by the JSON of ``task``, ``algorithm`` and mask.
     """
 
     bases: dict[str, Base] = field(default_factory=dict)
@@ -79,7 +79,7 @@ class Inputs:
         return self.bases.get(_model_key(model)) or load_base(model)
 
     def data_version(self, config: TrialConfig) -> str:
-        """Version of a trial's task, reward and data."""
+        """Version of a trial's task, reward, data and mask files."""
         recorded = self.data_versions.get(_data_key(config))
         return data_version(config) if recorded is None else recorded
 
@@ -89,7 +89,10 @@ def _model_key(model: ModelConfig) -> str:
 
 
 def _data_key(config: TrialConfig) -> str:
-    return canonical_json(config.model_dump(mode="json", include={"task", "algorithm"}))
+    key = config.model_dump(mode="json", include={"task", "algorithm"})
+    if config.train.mask is not None:
+        key["mask"] = config.train.mask.model_dump(mode="json")
+    return canonical_json(key)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import _thread
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from rich.console import Console
 
 from pipelines import aggregate, capacity, collect, record, saves
 from pipelines.aggregate import Tables
+from pipelines.ledger import Entry
 from pipelines.plan import Plan
 from pipelines.progress import Progress
 from pipelines.session import RaySession
@@ -46,7 +47,8 @@ def run_study(
         console: for progress; standard error by convention.
         command: what the user typed, for the record; None keeps what is recorded.
         address: a Ray cluster; None starts Ray on this machine.
-        only: prefix of a trial id: run just that trial, without the analysis.
+        only: prefix of a trial id: run just that trial, and before it those that its mask is of
+            and that are not done, without the analysis.
         allow_missing: judge claims although trials of theirs failed or were not run.
         allow_mixed: go on although other versions or hardware made the trials that are done.
         allow_oversize: run trials although by estimate they do not fit into memory.
@@ -73,9 +75,9 @@ def run_study(
         todo = [
             trial
             for trial in plan.trials
-            if entries[trial.trial_id].status != "finished"
-            and (only is None or trial.trial_id.startswith(only))
+            if not _is_done(entries, trial) and (only is None or trial.trial_id.startswith(only))
         ]
+        todo = _with_sources(plan, todo, entries, console)
         if others := set(saves.prune(plan.storage)) - entries.keys():
             console.print(
                 f"saves of {len(others)} unfinished trials of other settings stay in "
@@ -106,6 +108,26 @@ def run_study(
             tables = _analyse(plan, session, console, allow_missing=allow_missing)
     collect.check_seeds(plan)
     return tables
+
+
+def _with_sources(
+    plan: Plan, todo: list[Trial], entries: Mapping[str, Entry], console: Console
+) -> list[Trial]:
+    """Trials to run, with those that their masks are of and that are not done."""
+    asked = {trial.trial_id for trial in todo}
+    needed = {name for trial in todo for name in trial.needs} - asked
+    added = [t for t in plan.trials if t.trial_id in needed and not _is_done(entries, t)]
+    for trial in added:
+        console.print(
+            f"{trial.label} ({trial.trial_id}) runs first: a mask is of it",
+            markup=False,
+            soft_wrap=True,
+        )
+    return [*added, *todo]
+
+
+def _is_done(entries: Mapping[str, Entry], trial: Trial) -> bool:
+    return entries[trial.trial_id].status == "finished"
 
 
 # --- stages ----------------------------------------------------------------------------------

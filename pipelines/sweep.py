@@ -12,6 +12,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,9 +24,11 @@ from pipelines.ledger import Ledger
 from pipelines.plan import Plan, load_base
 from pipelines.saves import Saves
 from pipelines.storage import Storage
+from pipelines.subnetworks import load_subnetwork
 from pipelines.workers import occupied, run_on_workers
 from rlsparse.config import TrialConfig
 from rlsparse.errors import ConfigError, RlsparseError
+from rlsparse.mask_config import Origin
 from rlsparse.resources import Resources
 from rlsparse.study import Trial
 
@@ -62,13 +65,43 @@ def run_trials(
 ) -> None:
     """Run ``trials`` to the end, each finished or failed in the ledger.
 
-    Each worker reserves ``memory_bytes`` of its machine, as many for all trials, so that processes
-    are reused.
+    Those whose masks are of other trials follow when all others have ended; one of a trial that is
+    not done then fails without being run. Each worker reserves ``memory_bytes`` of its machine, as
+    many for all trials, so that processes are reused.
 
     Needs a Ray session. A trial that raises one of our own errors fails at once (running it again
     would not help); one whose worker dies, or that raises anything else, is tried again up to
     ``resources.max_failures`` times.
     """
+    for phase in phases(trials):
+        if ready := [trial for trial in phase if not _is_in_vain(plan, trial, listener)]:
+            _run_phase(plan, ready, listener, memory_bytes)
+
+
+def phases(trials: Sequence[Trial]) -> list[list[Trial]]:
+    """Trials in the order in which they can run: those that masks are of have none themselves."""
+    first = [trial for trial in trials if not trial.needs]
+    return [phase for phase in (first, [t for t in trials if t.needs]) if phase]
+
+
+def _is_in_vain(plan: Plan, trial: Trial, listener: Listener) -> bool:
+    """Whether a trial that its mask is of is not done: then it has failed, and that is noted."""
+    needed = [plan.ledger.get(name) for name in trial.needs]
+    lacking = [entry for entry in needed if entry.status != "finished"]
+    if lacking:
+        labels = {other.trial_id: other.label for other in plan.trials}
+        named = "; ".join(
+            f"{labels[entry.trial_id]} ({entry.trial_id}), which is {entry.status}"
+            f"{f': {entry.error}' if entry.error else ''}"
+            for entry in lacking
+        )
+        plan.ledger.fail(trial.trial_id, f"TrialError: not run, its mask is of trial {named}")
+        listener.ended(trial.trial_id)
+    return bool(lacking)
+
+
+def _run_phase(plan: Plan, trials: Sequence[Trial], listener: Listener, memory_bytes: int) -> None:
+    """Run trials that wait for no other."""
     resources = plan.study.resources
     several = resources.num_workers > 1
     specs = [_spec(plan, trial) | {"memory_bytes": memory_bytes} for trial in trials]
@@ -124,6 +157,7 @@ def run_trial(spec: dict[str, Any], report: Any = lambda metrics: None) -> None:
         try:
             base = load_base(config.model, expect=spec["base_identity"])
             _check_data(config, expect=spec["data_version"])
+            origins = [Origin(**origin) for origin in spec["origins"]]
             train_trial(
                 config,
                 trial_id=name,
@@ -134,6 +168,7 @@ def run_trial(spec: dict[str, Any], report: Any = lambda metrics: None) -> None:
                 strategy=spec["resources"]["strategy"],
                 on_progress=on_progress,
                 saving=_saving(spec, config, base.fingerprint, saves, folder, report),
+                mask=load_subnetwork(config, origins, storage, base),
             )
         except RlsparseError as error:
             ledger.fail(name, f"{type(error).__name__}: {error}")
@@ -217,6 +252,7 @@ def _spec(plan: Plan, trial: Trial) -> dict[str, Any]:
         "storage": plan.storage.url,
         "base_identity": plan.base(trial).identity,
         "data_version": trial.data_version,
+        "origins": [asdict(origin) for origin in trial.origins],
         "resources": plan.study.resources.model_dump(mode="json"),
     }
 

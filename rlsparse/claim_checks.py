@@ -19,7 +19,7 @@ from rlsparse.claims.observations import Response
 from rlsparse.claims.rules import misfit
 from rlsparse.definitions import DEFINITIONS, MODULES, VIEWS
 from rlsparse.errors import nearest
-from rlsparse.levels import canonical_path, paths_of, touches
+from rlsparse.levels import MASK, canonical_path, level_label, paths_of, touches
 from rlsparse.pair_runs import PairRun
 from rlsparse.study import SURROGATES, StudyBase, StudyError, Trial, left_out
 from rlsparse.variants import Location
@@ -61,7 +61,7 @@ class _Planned(NamedTuple):
             if not isinstance(node, dict) or part not in node:
                 return _NOWHERE
             node = node[part]
-        return node
+        return level_label(node) if canonical_path(path) == MASK and node is not None else node
 
 
 def config_of(trial: Trial | PairRun) -> dict[str, Any]:

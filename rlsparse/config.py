@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from rlsparse.algorithm_config import AlgorithmConfig, KtoConfig, OnlineConfig
 from rlsparse.definitions import Module, StepWindow
+from rlsparse.mask_config import MaskConfig
 from rlsparse.task_config import ChainSumConfig, TaskConfig
 from rlsparse.variants import Config
 
@@ -40,7 +41,9 @@ class TrainConfig(Config):
     (bf16 weights, fp32 moments), ``bf16-mixed`` (fp32 master weights, bf16 autocast; what RL
     stacks use) and ``fp32``. ``learning_rate: 0`` is allowed: it is a control. ``momentum`` is that
     of ``sgd-momentum``. Only weights of ``trainable_modules`` in ``trainable_layers`` are trained;
-    null means all. ``data_seed`` orders the data; null follows the trial's seed.
+    null means all. With a ``mask``, of these only the weights in it: ``max_grad_norm`` is then of
+    their gradients, and nothing is kept for others (PPO's critic and PRIME's reward model are
+    trained whole). ``data_seed`` orders the data; null follows the trial's seed.
     """
 
     num_steps: int = Field(150, ge=1)
@@ -61,6 +64,7 @@ class TrainConfig(Config):
     trainable_layers: (
         Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None
     ) = None
+    mask: MaskConfig | None = None
     data_seed: int | None = Field(None, ge=0, lt=2**31)
 
     @property

@@ -40,6 +40,8 @@ _WHOLE_LOGITS = ("simpo", "orpo")
 _REFERENCE_ALWAYS = ("dpo", "kto", "prime")
 _COMPANION = {"ppo": "critic", "prime": "reward model"}
 """Algorithms that train a model beside the policy: what it is called."""
+_INDEX_BYTES = 4
+"""Of each weight in a mask: where it is in its tensor."""
 _MOMENTS = {"adamw": 2, "sgd-momentum": 1, "sgd": 0}
 _FLOP_PER_S = 2e10
 """Measured for the tiny base on one core; a rough guide, several-fold off on other hardware."""
@@ -146,6 +148,7 @@ def trial_memory(
     *,
     num_workers: int = 1,
     num_shards: int = 1,
+    num_in_mask: int | None = None,
 ) -> Memory:
     """Estimate the peak memory of a trial; the module says how good it is.
 
@@ -156,11 +159,14 @@ def trial_memory(
         num_workers: processes that train it together; the estimate is of one of them, and was
             checked for one alone.
         num_shards: parts that they hold the weights in: 1 (ddp) or ``num_workers`` (fsdp).
+        num_in_mask: weights that are trained under ``train.mask``. None, where the mask is not
+            there yet: all that could be, an upper bound.
     """
-    held = _held(config, size, device, num_shards)
+    trained = size.num_trained(config.train) // num_shards if num_in_mask is None else num_in_mask
+    held = _held(config, size, device, num_shards, trained)
     found = [
         Memory(moment, held | parts)
-        for moment, parts in _moments(config, size, num_workers, num_shards).items()
+        for moment, parts in _moments(config, size, num_workers, num_shards, trained).items()
     ]
     worst = max(found, key=lambda memory: memory.peak_bytes)
     return Memory(worst.moment, {**worst.parts, "allocator": int(_RETAINED * worst.peak_bytes)})
@@ -217,34 +223,44 @@ def estimates(
     *,
     num_workers: int = 1,
     num_shards: int = 1,
+    num_in_mask: int | None = None,
 ) -> dict[str, float]:
     """What a trial's summary says beside what was measured, in columns of table ``trials``.
 
     The time is that of one worker's CPU, and left out on a GPU; for the arguments see
     ``trial_memory``.
     """
-    workers = {"num_workers": num_workers, "num_shards": num_shards}
     size = ModelSize.of(checkpoint)
-    found: dict[str, float] = {
-        "estimated_peak_bytes": trial_memory(config, size, device, **workers).peak_bytes
-    }
+    memory = trial_memory(
+        config,
+        size,
+        device,
+        num_workers=num_workers,
+        num_shards=num_shards,
+        num_in_mask=num_in_mask,
+    )
+    found: dict[str, float] = {"estimated_peak_bytes": memory.peak_bytes}
     if device == "cpu":
         found["estimated_cpu_s"] = cpu_seconds(config, size.num_weights) / num_workers
     return found
 
 
-def _held(config: TrialConfig, size: ModelSize, device: Device, num_shards: int) -> dict[str, int]:
+def _held(
+    config: TrialConfig, size: ModelSize, device: Device, num_shards: int, trained: int
+) -> dict[str, int]:
     """Bytes of what stays in memory as long as training goes on."""
     train, algorithm = config.train, config.algorithm
     item, moments = _weight_bytes(train), _MOMENTS[train.optimizer]
     moment_bytes = 4 if train.precision == "bf16-weights" else item
-    total, trained = size.num_weights // num_shards, size.num_trained(train) // num_shards
+    total = size.num_weights // num_shards
     held = {
         "process": PROCESS_BYTES if device == "cpu" else 0,
         "weights": total * item,
         "optimizer": trained * moments * moment_bytes,
         "probe": probe_bytes(config, total),
     }
+    if train.mask is not None:
+        held["mask"] = _INDEX_BYTES * trained
     if algorithm.name in _REFERENCE_ALWAYS or getattr(algorithm, "kl_coef", 0.0) > 0:
         held["reference"] = total * item
     if algorithm.name in _COMPANION:
@@ -253,12 +269,14 @@ def _held(config: TrialConfig, size: ModelSize, device: Device, num_shards: int)
 
 
 def _moments(
-    config: TrialConfig, size: ModelSize, num_workers: int, num_shards: int
+    config: TrialConfig, size: ModelSize, num_workers: int, num_shards: int, trained: int
 ) -> dict[str, dict[str, int]]:
     """Bytes of what is in memory beside that, at each moment at which memory may peak."""
     train, algorithm = config.train, config.algorithm
     item, compute = _weight_bytes(train), 4 if train.precision == "fp32" else 2
-    total, trained = size.num_weights // num_shards, size.num_trained(train) // num_shards
+    total = size.num_weights // num_shards
+    # A gradient is dense until it is packed.
+    dense = max(count for *_, count in size.tensors) if train.mask is not None else 0
     length, mixed = sequence_tokens(config), train.precision == "bf16-mixed"
     num_tokens = train.micro_batch_size // num_workers * length
     if isinstance(algorithm, PreferenceConfig) and algorithm.name != "kto":
@@ -271,9 +289,9 @@ def _moments(
     kept = 24 * size.hidden + compute * (9 * size.hidden + 4 * size.intermediate)
     moments = {
         "step": {
-            "gradients": (trained + total * (algorithm.name in _COMPANION)) * item,
+            "gradients": (trained + dense + total * (algorithm.name in _COMPANION)) * item,
             "exchange": _exchanged(size, trained, num_workers, num_shards) * item,
-            "autocast": trained * 2 if mixed else 0,
+            "autocast": size.num_trained(train) // num_shards * 2 if mixed else 0,  # whole tensors
             "activations": num_tokens * size.layers * kept,
             # Logits, probabilities, their gradient and a product on the way; of the head a copy and
             # its gradient, alone and as tied.

@@ -1,5 +1,6 @@
 """The words of every measurement: what *unchanged* means, number formats, modules, bins, masks."""
 
+import math
 from enum import StrEnum
 from typing import Literal, get_args
 
@@ -60,8 +61,8 @@ MASK_SUFFIX = ".mask.safetensors"
 """How names of mask files end, by which they are known from checkpoints."""
 
 
-class TrialMask(StrEnum):
-    """Masks that a trial has.
+class Take(StrEnum):
+    """Which mask of a trial is taken.
 
     ``FINAL``: what differs from the base after its last step; ``SNAPSHOT``: after an earlier one;
     ``EVER_CHANGED``: what did after any.
@@ -70,6 +71,11 @@ class TrialMask(StrEnum):
     FINAL = "final"
     SNAPSHOT = "snapshot"
     EVER_CHANGED = "ever_changed"
+
+
+def step_at(fraction: float, num_steps: int) -> int:
+    """The step that ends this fraction of training: the nearest (of two the later), at least 1."""
+    return max(1, math.floor(fraction * num_steps + 0.5))
 
 
 class Size(StrEnum):

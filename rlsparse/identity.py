@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rlsparse.config import TrialConfig
+from rlsparse.mask_config import Leaf, MaskConfig, Origin, TrialMask, resolved
 
 
 def canonical_json(value: Any) -> str:
@@ -23,6 +26,7 @@ def trial_id(
     strategy: str = "ddp",
     base_fingerprint: str,
     data_version: str,
+    origins: Sequence[Origin] = (),
 ) -> str:
     """Name of a trial: the first 12 hex digits of the sha256 of all that determines its bits.
 
@@ -35,24 +39,29 @@ def trial_id(
         strategy: how several do; without effect where there is one.
         base_fingerprint: content hash of the base model.
         data_version: version of what it learns from: the task's problems and grader, its reward,
-            its data.
+            its data, mask files.
+        origins: what the masks of other trials in ``train.mask`` refer to, in their order. Their
+            names determine the bits of these masks, which need not be there yet.
     """
-    resolved = config.model_dump(
+    own = config.model_dump(
         mode="json",
         exclude={"keep_checkpoints": True, "model": True, "task": {"source", "test_source"}},
     )
     for later in ("k_steps", "step_masks", "casts", "update_interval"):  # without, the name stays
-        if not resolved["probe"][later]:
-            del resolved["probe"][later]
-    generation = resolved["algorithm"].pop("generation", None)
+        if not own["probe"][later]:
+            del own["probe"][later]
+    del own["train"]["mask"]
+    if config.train.mask is not None:
+        own["train"]["mask"] = _named_mask(config.train.mask, origins)
+    generation = own["algorithm"].pop("generation", None)
     if generation and generation["engine"] != "transformers":
         for placed in ("mode", "server_url", "gpu_memory_utilization"):
             del generation[placed]
-        resolved["algorithm"]["generation"] = generation
-    if resolved["algorithm"].get("data", "gold") not in ("gold", "sampled"):
-        resolved["algorithm"]["data"] = "own"
+        own["algorithm"]["generation"] = generation
+    if own["algorithm"].get("data", "gold") not in ("gold", "sampled"):
+        own["algorithm"]["data"] = "own"
     identity = {
-        "config": resolved,
+        "config": own,
         "replicate": replicate,
         "num_threads": num_threads,
         "num_workers": num_workers,
@@ -62,3 +71,13 @@ def trial_id(
     if num_workers > 1:  # others keep the names that they had before there were strategies
         identity["strategy"] = strategy
     return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:12]
+
+
+def _named_mask(mask: MaskConfig, origins: Sequence[Origin]) -> dict[str, Any]:
+    """A mask by the trials that it is of; what is in files is in ``data_version``."""
+    left = iter(origins)
+
+    def name(leaf: Leaf) -> dict[str, Any]:
+        return asdict(next(left)) if isinstance(leaf, TrialMask) else {"file": "own"}
+
+    return resolved(mask, name)

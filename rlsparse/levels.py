@@ -10,6 +10,7 @@ from typing import Any
 
 from rlsparse.algorithm_config import AlgorithmConfig
 from rlsparse.identity import canonical_json
+from rlsparse.mask_config import label_parts
 from rlsparse.task_config import ProblemSetConfig, TaskConfig
 from rlsparse.variants import defaults_of
 
@@ -18,6 +19,8 @@ Level = Scalar | list[Any] | dict[str, Any]
 
 TAGS = {"algorithm.name": "algorithm", "task.name": "task"}
 """Fields that say which algorithm or task it is, and so which other fields there are."""
+MASK = "train.mask"
+"""Field that says which weights are trained."""
 
 _UNIONS: dict[str, Any] = {"algorithm": AlgorithmConfig, "task": TaskConfig}
 _KEPT: dict[str, set[str]] = {
@@ -30,12 +33,14 @@ _KEPT: dict[str, set[str]] = {
 def level_label(level: Any) -> str:
     """Text of a factor level: scalars as in YAML, ``[a, b]``, mappings as ``name(key=value)``.
 
-    Equal levels have equal labels: keys are sorted.
+    Equal levels have equal labels: keys are sorted. Masks are called by what they are: ``final``,
+    ``random(final)``, ``snapshot(step=12)``.
     """
     if isinstance(level, Mapping):
-        rest = sorted((str(k), level_label(v)) for k, v in level.items() if k != "name")
-        inner = ", ".join(f"{key}={value}" for key, value in rest)
-        name = str(level.get("name", ""))
+        others = {k: v for k, v in level.items() if k != "name"}
+        name, of, more = label_parts(level) or (str(level.get("name", "")), [], others)
+        rest = sorted((str(k), level_label(v)) for k, v in more.items())
+        inner = ", ".join([*map(level_label, of), *(f"{key}={value}" for key, value in rest)])
         return f"{name}({inner})" if inner else name
     if isinstance(level, list | tuple):
         return f"[{', '.join(level_label(item) for item in level)}]"
@@ -93,11 +98,12 @@ def at_level(config: dict[str, Any], path: str, level: Level) -> dict[str, Any]:
     """``config`` with the field at ``path`` at ``level``.
 
     A mapping changes only the fields that it lists. Another algorithm or task has its own defaults,
-    but a task keeps the numbers of problems, ``num_shots`` and ``prompt_format``.
+    but a task keeps the numbers of problems, ``num_shots`` and ``prompt_format``. A mask is another
+    mask as a whole.
     """
     if path in TAGS:
         path, level = TAGS[path], {"name": level}
-    if isinstance(level, dict):
+    if isinstance(level, dict) and path != MASK:
         own = functools.reduce(operator.getitem, path.split("."), config)
         if path in _UNIONS and level.get("name", own["name"]) != own["name"]:
             kept = {key: own[key] for key in _KEPT[path]}

@@ -4,6 +4,7 @@ Packed means little-endian: bit i of byte j is flat element 8 j + i. Bits beyond
 are zero, in every result.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,10 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rlsparse.errors import CheckpointError
+from rlsparse.files import RemoteFile, locate
 from rlsparse.kernels import popcount
 from rlsparse.tensor_file import TensorInfo, atomic_write, header_bytes, read_header
 
 Packed = NDArray[np.uint8]
+
+Bits = dict[str, tuple[tuple[int, ...], Packed]]
+"""A mask of a model: weight tensor -> (its shape, its packed mask)."""
 
 FORMAT_VERSION = "1"
 METADATA_KEY = "rlsparse_mask"
@@ -108,6 +113,24 @@ class Mask(Protocol):
         """The packed mask of a weight tensor."""
 
 
+def bits_of(mask: Mask) -> Bits:
+    """All of a mask.
+
+    Raises:
+        CheckpointError: of a mask file, bits are set beyond the last element of a tensor.
+    """
+    return {name: (mask.shapes[name], mask.packed(name)) for name in sorted(mask.shapes)}
+
+
+def fingerprint(bits: Mapping[str, tuple[Sequence[int], Packed]]) -> str:
+    """sha256 (hex) over names, shapes and packed masks of tensors, in order of name."""
+    digest = hashlib.sha256()
+    for name, (shape, packed) in sorted(bits.items()):
+        digest.update(json.dumps([name, list(shape)]).encode() + b"\n")
+        digest.update(np.ascontiguousarray(packed).data)
+    return digest.hexdigest()
+
+
 # --- mask files ------------------------------------------------------------------------------
 
 
@@ -116,13 +139,13 @@ class MaskFile:
     """An opened mask file; masks are read when asked for.
 
     Attributes:
-        path: the file.
+        path: the file, or its URL.
         shapes: weight tensor -> its shape, sorted by name.
         base_fingerprint: of the checkpoint whose weights the masks select.
         metadata: notes of whoever wrote it.
     """
 
-    path: Path
+    path: Path | str
     shapes: dict[str, tuple[int, ...]]
     base_fingerprint: str
     metadata: dict[str, str]
@@ -197,13 +220,16 @@ def write_stream(
 
 
 def read_masks(path: str | Path) -> MaskFile:
-    """Open a mask file.
+    """Open a mask file, by its path or its fsspec URL.
 
     Raises:
         CheckpointError: not a mask file, of another format version, or damaged.
     """
-    path = Path(path)
-    tensors, notes = read_header(path)
+    file = locate(path) if isinstance(path, str) and "://" in path else Path(path)
+    if not isinstance(file, Path | RemoteFile):
+        raise CheckpointError(f"{path} is a folder; give a mask file")
+    path = file if isinstance(file, Path) else str(file)
+    tensors, notes = read_header(file)
     if METADATA_KEY not in notes:
         raise CheckpointError(f"{path} is not a mask file: no {METADATA_KEY} in its metadata")
     try:

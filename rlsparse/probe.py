@@ -28,6 +28,7 @@ from rlsparse.models.loading import TORCH_DTYPES
 from rlsparse.patch import PATCH_FILE, TensorPair, write_patch
 from rlsparse.prices import Prices
 from rlsparse.sharded import ShardedTrajectory, is_sharded
+from rlsparse.subnetwork import SubnetworkOptimizer
 from rlsparse.tables import EVER_CHANGED, snapshot_folder, step_mask_file
 from rlsparse.tasks.generate import Score
 from rlsparse.tensor_file import Bits
@@ -197,7 +198,9 @@ class Probe(TrainerCallback):  # type: ignore[misc]
         counts = zip(own, self._trajectory.totals(own.values()), strict=True)
         return {f"changed_fraction_{c}": n / self._trajectory.num_elements for c, n in counts}
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
         """Keep one row of table ``steps``.
 
         Raises:
@@ -211,6 +214,8 @@ class Probe(TrainerCallback):  # type: ignore[misc]
         row = {column: logs[key] for key, column in _LOGGED.items() if key in logs}
         if not isinstance(self.config.algorithm, OnlineConfig):
             row.pop("kl", None)  # KTO logs another quantity under this name
+        if isinstance(own := getattr(optimizer, "optimizer", optimizer), SubnetworkOptimizer):
+            row["grad_norm"] = own.last_grad_norm  # the trainer's is of one worker alone
         limit = self.config.train.max_grad_norm
         norm = row.get("grad_norm")
         row["clipped_fraction"] = float(limit is not None and norm is not None and norm > limit)

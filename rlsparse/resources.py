@@ -83,6 +83,11 @@ def _whole_model(config: TrialConfig) -> str | None:
             f"does not train {algorithm.name}, whose second model every worker holds whole; leave "
             "strategy out (ddp), or take another algorithm"
         )
+    if config.train.mask is not None:
+        return (
+            "trains no subnetwork, whose mask selects of whole tensors; leave strategy out (ddp), "
+            "or train.mask"
+        )
     if isinstance(algorithm, OnlineConfig) and algorithm.generation.engine == "vllm":
         return (
             "does not hand vLLM its weights, which each worker has a part of; set "

@@ -43,6 +43,10 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("score_base", pa.float64()),
             ("score_before", pa.float64()),
             ("score_after", pa.float64()),
+            # Of the weights that were trained, if there was a mask; else null.
+            ("mask_density", pa.float64()),  # of all weights
+            ("num_in_mask", pa.int64()),
+            ("mask_fingerprint", pa.string()),  # of `masks.fingerprint`
             # Paired standard error of score_after - score_before, over the problems.
             ("score_gain_se", pa.float64()),
             ("num_eval_problems", pa.int64()),

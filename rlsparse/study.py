@@ -6,7 +6,7 @@ study from YAML.
 
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
@@ -17,6 +17,7 @@ from rlsparse.config import ModelConfig, TrialConfig
 from rlsparse.errors import ConfigError
 from rlsparse.identity import canonical_json, trial_id
 from rlsparse.levels import (
+    MASK,
     TAGS,
     Level,
     Scalar,
@@ -28,6 +29,8 @@ from rlsparse.levels import (
     put,
     touches,
 )
+from rlsparse.mask_config import Origin, TrialMask, leaves
+from rlsparse.mask_origins import absence, origin_config
 from rlsparse.resources import Resources
 from rlsparse.variants import Config, Location, explain, models_of, place_of, tag_of
 
@@ -148,7 +151,8 @@ class Trial:
         cell: factor path -> level label; a factor that the trial does not have is absent.
         role: a trial is a surrogate if its reward, unlike the baseline's, carries no information.
         control: name of the control, or None.
-        data_version: of its task, reward and data.
+        data_version: of its task, reward, data and mask files.
+        origins: what the masks of other trials in ``train.mask`` refer to, in their order.
     """
 
     trial_id: str
@@ -158,6 +162,12 @@ class Trial:
     role: Role
     control: Control | None
     data_version: str = ""
+    origins: tuple[Origin, ...] = ()
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Ids of the trials that must be done before this one can begin."""
+        return tuple(dict.fromkeys(origin.trial_id for origin in self.origins))
 
     @property
     def label(self) -> str:
@@ -213,15 +223,16 @@ def expand(
     Args:
         study: a checked study.
         fingerprint: content hash of a base model.
-        data_version: version of a trial's task, reward and data.
+        data_version: version of a trial's task, reward, data and mask files.
 
     Raises:
-        StudyError: a cell is no valid trial or does not split over the workers, or no algorithm has
-            the reward that a control changes.
+        StudyError: a cell is no valid trial or does not split over the workers, no algorithm has
+            the reward that a control changes, or a mask is of a trial that is not in the study.
     """
     cells = _cells(study)
     baseline = study.baseline.model_dump(mode="json", exclude={"seed"})
     own_reward = baseline["algorithm"].get("reward")
+    names = _Names(study, baseline, fingerprint, data_version)
     trials: dict[str, Trial] = {}
 
     def add(cell: _Cell, seed: int, control: Control | None = None) -> None:
@@ -229,17 +240,9 @@ def expand(
         resolved = TrialConfig.model_validate({**config, "seed": seed})
         if reason := study.resources.conflict(resolved):
             raise StudyError(f"resources: {reason}").at("resources")
-        replicate = int(control == "same_seed")
-        version = data_version(resolved)
-        name = trial_id(
-            resolved,
-            replicate=replicate,
-            num_threads=study.resources.num_threads,
-            num_workers=study.resources.num_workers,
-            strategy=study.resources.strategy,
-            base_fingerprint=fingerprint(resolved.model),
-            data_version=version,
-        )
+        origins = names.origins(resolved, labels)
+        replicate, version = int(control == "same_seed"), data_version(resolved)
+        name = names.name(resolved, replicate, version, origins)
         reward = config["algorithm"].get("reward")
         is_surrogate = reward in SURROGATES.values() and reward != own_reward
         role: Role = "baseline" if config == baseline else "factor"
@@ -247,7 +250,8 @@ def expand(
             role = "surrogate"
         elif control:
             role = "control"
-        trials.setdefault(name, Trial(name, resolved, replicate, labels, role, control, version))
+        trial = Trial(name, resolved, replicate, labels, role, control, version, origins)
+        trials.setdefault(name, trial)
 
     for cell in cells:
         for seed in study.seeds:
@@ -257,7 +261,63 @@ def expand(
             once = control in ("lr_zero", "same_seed")
             for seed in study.seeds[:1] if once else study.seeds:
                 add(cell, seed, control)
+    names.check(trials)
     return list(trials.values())
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Names of the trials of a study, and what their masks are of; see ``expand``."""
+
+    study: Study
+    baseline: dict[str, Any]
+    fingerprint: Callable[[ModelConfig], str]
+    data_version: Callable[[TrialConfig], str]
+    sources: dict[str, TrialConfig] = field(default_factory=dict)
+    """Trials that masks are of, by name; whether they are in the study or not."""
+
+    def name(
+        self, config: TrialConfig, replicate: int, version: str, origins: Sequence[Origin] = ()
+    ) -> str:
+        resources = self.study.resources
+        return trial_id(
+            config,
+            replicate=replicate,
+            num_threads=resources.num_threads,
+            num_workers=resources.num_workers,
+            strategy=resources.strategy,
+            base_fingerprint=self.fingerprint(config.model),
+            data_version=version,
+            origins=origins,
+        )
+
+    def origins(self, config: TrialConfig, cell: Mapping[str, str]) -> tuple[Origin, ...]:
+        masks = [leaf for leaf in leaves(config.train.mask) if isinstance(leaf, TrialMask)]
+        try:
+            return tuple(self._origin(mask, config) for mask in masks)
+        except ConfigError as error:
+            raise self._error(cell, str(error)) from error
+
+    def _origin(self, mask: TrialMask, config: TrialConfig) -> Origin:
+        source = origin_config(mask, config, self.baseline, self.study.seeds)
+        name = self.name(source, 0, self.data_version(source))
+        self.sources[name] = source
+        return Origin(name, mask.take, mask.step_of(source.train.num_steps))
+
+    def check(self, trials: Mapping[str, Trial]) -> None:
+        """Refuse masks of trials that are not there."""
+        for trial in trials.values():
+            for name in trial.needs:
+                if name not in trials:
+                    reason = absence(self.sources[name], [one.config for one in trials.values()])
+                    text = f"the mask of trial {trial.label} is of a trial outside of this study: "
+                    raise self._error(trial.cell, text + reason)
+
+    def _error(self, cell: Mapping[str, str], reason: str) -> StudyError:
+        if MASK not in cell:
+            return StudyError(f"baseline: {reason}").at("baseline", "train", "mask")
+        labels = [level_label(level) for level in self.study.factors[MASK]]
+        return StudyError(f"factors: {reason}").at("factors", MASK, labels.index(cell[MASK]))
 
 
 def _control_cells(study: Study, control: Control, index: int, cells: list[_Cell]) -> list[_Cell]:

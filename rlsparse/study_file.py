@@ -14,6 +14,7 @@ from rlsparse.claim_checks import check_claims, paths
 from rlsparse.config import TrialConfig
 from rlsparse.errors import ConfigError, nearest
 from rlsparse.levels import canonical_path, level_label, touches
+from rlsparse.mask_config import FileMask, leaves
 from rlsparse.pair_runs import PairRun, described, pair_runs
 from rlsparse.pair_table import TOLD, read_pairs
 from rlsparse.study import PairStudy, Study, StudyError, Trial, expand
@@ -62,9 +63,16 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study | PairS
 
 def _read_grid(raw: dict[str, Any]) -> tuple[Study, Sequence[Trial]]:
     study = Study.model_validate(raw)
-    trials = expand(study, fingerprint=lambda base: base.source, data_version=lambda config: "")
+    trials = expand(study, fingerprint=lambda base: base.source, data_version=_places)
     _check_factors(study, trials)
     return study, trials
+
+
+def _places(config: TrialConfig) -> str:
+    """Where data and masks lie, in place of what they contain: the files need not be there yet."""
+    named = [getattr(config.algorithm, "data", ""), getattr(config.task, "source", "")]
+    named += [leaf.file for leaf in leaves(config.train.mask) if isinstance(leaf, FileMask)]
+    return " ".join(named)
 
 
 def _read_pairs(raw: dict[str, Any], path: Path) -> tuple[PairStudy, Sequence[PairRun]]:

@@ -15,6 +15,8 @@ from rlsparse.schemas import OLDER_VERSIONS, SCHEMA_VERSION, SCHEMAS
 
 EVER_CHANGED = "ever_changed.mask.safetensors"
 """File of a trial: every weight that differed from the base after any step."""
+SUBNETWORK = "subnetwork.mask.safetensors"
+"""File of a trial that trains under a mask: the weights that it trained."""
 SUMMARY = "summary.json"
 """File of a trial: what it ended with, one number per key."""
 

@@ -23,6 +23,7 @@ from rlsparse.checkpoint import Checkpoint
 from rlsparse.config import NUM_DISTANCE_PROBLEMS, TrialConfig
 from rlsparse.costs import estimates
 from rlsparse.errors import TrialError
+from rlsparse.masks import write_masks
 from rlsparse.memory import peak_bytes, release, tells_out_of_memory
 from rlsparse.models.loading import TORCH_DTYPES, load_model, load_tokenizer
 from rlsparse.optim import select_trainable
@@ -30,7 +31,9 @@ from rlsparse.probe import Probe
 from rlsparse.resources import Strategy
 from rlsparse.saves import Saver, Saving, spent
 from rlsparse.sharded import is_sharded, spaced
-from rlsparse.tables import SUMMARY
+from rlsparse.subnetwork import SubnetworkMask
+from rlsparse.subnetwork.trial import columns, keep_unwrapped, others_untouched, trained_mask
+from rlsparse.tables import SUBNETWORK, SUMMARY
 from rlsparse.tasks import Problem, Task, load_reward, load_task, render_prompts
 from rlsparse.tasks.generate import Score, evaluate, kl_divergence
 
@@ -49,6 +52,7 @@ def train_trial(
     strategy: Strategy = "ddp",
     on_progress: Callable[[dict[str, Any]], None] = lambda row: None,
     saving: Saving | None = None,
+    mask: SubnetworkMask | None = None,
 ) -> dict[str, Any]:
     """Run one trial and leave its files in ``out_dir``.
 
@@ -60,7 +64,7 @@ def train_trial(
     Files: ``config.json``, ``steps.parquet``, ``eval.parquet``, ``summary.json`` (written last),
     ``ever_changed.mask.safetensors``, ``snapshots/step-000010/weights.patch.safetensors`` per
     snapshot, ``step_masks/step-000001.parquet`` per step and ``checkpoint/`` if the configuration
-    keeps them.
+    keeps them, and ``subnetwork.mask.safetensors`` where a mask is trained.
 
     Args:
         config: the resolved trial.
@@ -73,6 +77,7 @@ def train_trial(
         on_progress: called after each step with its row of table ``steps``.
         saving: how the trial is saved meanwhile, and the save that it goes on from; from a save
             it ends with the same bits as if nothing had happened.
+        mask: what ``train.mask`` describes; needed there, and nowhere else.
 
     Returns:
         The summary, as written, empty on workers that write none; of a trial that went on from a
@@ -80,8 +85,10 @@ def train_trial(
 
     Raises:
         TrialError: training cannot go on (no preference pairs, loss or weights not finite, no
-            memory left).
-        CheckpointError: transformers loads other weights than the files of the base hold.
+            memory left), or a weight outside the mask has changed.
+        CheckpointError: transformers loads other weights than the files of the base hold, or the
+            mask is of another model.
+        ConfigError: nothing in the mask is trained, or there is no mask where one is needed.
     """
     release()
     before = spent(saving)
@@ -96,7 +103,7 @@ def train_trial(
         _write_json(out_dir / "config.json", config.model_dump(mode="json"))
     _make_deterministic(config.sampling_seed, num_threads)
     num_shards = distributed.num_workers() if strategy == "fsdp" else 1
-    context = _load(config, base_dir, out_dir / "scratch", num_shards)
+    context = _load(config, base_dir, out_dir / "scratch", num_shards, mask)
     saver = None
     if saving is not None:
         maker = identity(config, trial_id, base_fingerprint, num_threads, strategy)
@@ -105,6 +112,8 @@ def train_trial(
     if distributed.rank() > 0 and num_shards == 1:
         _train(context, _Follower(on_progress), saver)
         return {}
+    if context.mask is not None:
+        write_masks(out_dir / SUBNETWORK, context.mask.bits, context.mask.base_fingerprint)
     score_base = _score_stored(context, base_dir)
     median = _median_magnitude(context.model)
     probe = Probe(
@@ -138,6 +147,7 @@ def train_trial(
         "num_clipped_steps": int(sum(clipped)),
         "kl_final": probe.distances[last],
         "patch_bytes": probe.patch_bytes,
+        **columns(context.mask),
         **split,
         **probe.prices.columns(),
         **clock(),
@@ -148,6 +158,7 @@ def train_trial(
             "gpu" if torch.cuda.is_available() else "cpu",
             num_workers=distributed.num_workers(),
             num_shards=num_shards,
+            num_in_mask=None if context.mask is None else context.mask.num_selected,
         ),
     }
     _write_json(out_dir / SUMMARY, summary)
@@ -158,6 +169,8 @@ def _train(
     context: TrialContext, callback: TrainerCallback, saver: partial[Saver] | None = None
 ) -> None:
     trainer = ALGORITHMS[context.config.algorithm.name](context)
+    if context.mask is not None:
+        keep_unwrapped(trainer)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(callback)
     resume_from = None
@@ -167,7 +180,8 @@ def _train(
         resume_from = saves.resume_from
     # Building the trainer seeded with the data's seed.
     transformers.set_seed(distributed.worker_seed(context.config.sampling_seed))
-    trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
+    with others_untouched(context.model, context.mask):
+        trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
     shutil.rmtree(context.scratch_dir, ignore_errors=True)
 
 
@@ -190,13 +204,18 @@ class _Follower(TrainerCallback):  # type: ignore[misc]
 
 @tells_out_of_memory("loading the base")
 def _load(
-    config: TrialConfig, base_dir: Path, scratch_dir: Path, num_shards: int = 1
+    config: TrialConfig,
+    base_dir: Path,
+    scratch_dir: Path,
+    num_shards: int = 1,
+    mask: SubnetworkMask | None = None,
 ) -> TrialContext:
     """Model, tokenizer and data of a trial, on the device that it trains on."""
     task = load_task(config.task)
     tokenizer = load_tokenizer(base_dir)
     model = load_model(base_dir, config.train.precision, num_shards=num_shards)
     select_trainable(model, config.train)
+    mask = trained_mask(model, config, mask)
     if torch.cuda.is_available():
         model = model.to("cuda")
     return TrialContext(
@@ -212,6 +231,7 @@ def _load(
         ),
         scratch_dir=scratch_dir,
         num_shards=num_shards,
+        mask=mask,
     )
 
 

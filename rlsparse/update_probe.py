@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rlsparse.distributed import own_part
+from rlsparse.subnetwork.packed import PackedGradient
 
 _PIECE = 2**20
 """Weights of a piece: takes some 30 bytes per weight of it for a while."""
@@ -67,7 +68,8 @@ def count_updates(
     precision and recall then show.
 
     Gradients are seen after clipping, which scales them: a zero is one before it, too, but for
-    gradients that clipping makes smaller than their format can hold.
+    gradients that clipping makes smaller than their format can hold. Of a subnetwork the weights in
+    its mask are looked at.
 
     Args:
         model: after the step, with the gradients it was made of.
@@ -82,9 +84,13 @@ def count_updates(
         if weight.grad is None:
             continue
         state = optimizer.state.get(weight, {})
-        own = {"weight": weight, "gradient": weight.grad, **_moments(state)}
-        flat = {key: own_part(tensor).reshape(-1) for key, tensor in own.items()}
-        flat["before"] = before(name)
+        own = {"weight": weight, "before": before(name)}
+        kept = {"gradient": weight.grad, **_moments(state)}
+        if isinstance(weight.grad, PackedGradient):
+            take = weight.grad.selection.take
+            own = {key: take(tensor.detach().reshape(-1)) for key, tensor in own.items()}
+            kept["gradient"] = weight.grad.elements
+        flat = {key: own_part(tensor).reshape(-1) for key, tensor in (own | kept).items()}
         num_elements += flat["before"].numel()
         age = int(state.get("step", 0))
         for start in range(0, flat["before"].numel(), _PIECE):

@@ -61,7 +61,7 @@ def models_at(root: type[BaseModel], location: Location) -> list[type[BaseModel]
     """The configuration classes, of those inside ``root``, that may stand at a location."""
     found = [root]
     for part in location:
-        tagged = [model for model in found if tag_of(model) == part]
+        tagged = [model for model in found if part in (tag_of(model), model.__name__)]
         if tagged or isinstance(part, int):
             found = tagged or found
         else:
@@ -112,12 +112,13 @@ def explain(root: type[BaseModel], value: Any, error: Mapping[str, Any]) -> str:
     name = ".".join(map(str, place_of(root, value, error)))
     if kind == "extra_forbidden":
         models = models_at(root, error["loc"][:-1])
-        known = sorted({field for model in models for field in model.model_fields})
+        fields = [pair for model in models for pair in model.model_fields.items()]
+        known = sorted({field.alias or name for name, field in fields})
         return f"unknown key {name}; {nearest(str(error['loc'][-1]), known)}"
     members = sorted(filter(None, map(tag_of, models_at(root, error["loc"]))))
     if kind == "union_tag_invalid":
         return f"unknown {name} {error['ctx']['tag']}; {nearest(error['ctx']['tag'], members)}"
-    if kind == "literal_error" and isinstance(given, str):
+    if kind in ("literal_error", "enum") and isinstance(given, str):
         return f"unknown {name} {given}; {nearest(given, _quoted(error['ctx']['expected']))}"
     if kind == "missing" and isinstance(error["loc"][-1], int):
         return f"{name}: must have {error['loc'][-1] + 1} or more items"

@@ -112,11 +112,11 @@ def context_of(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def run_trial(tmp_path_factory) -> Callable[[TrialConfig, Base], Trained]:
-    """Runs a trial in this process, every time it is called."""
+def run_trial(tmp_path_factory) -> Callable[..., Trained]:
+    """Runs a trial in this process, every time it is called; ``mask`` is what it trains."""
     from rlsparse.train import train_trial
 
-    def run(config: TrialConfig, base: Base) -> Trained:
+    def run(config: TrialConfig, base: Base, mask: Any = None) -> Trained:
         folder, progress = tmp_path_factory.mktemp("trial"), []
         summary = train_trial(
             config,
@@ -125,6 +125,7 @@ def run_trial(tmp_path_factory) -> Callable[[TrialConfig, Base], Trained]:
             base_fingerprint=base.fingerprint,
             out_dir=folder,
             on_progress=progress.append,
+            mask=mask,
         )
         return Trained(config, base, folder, summary, progress)
 

@@ -79,6 +79,7 @@ def run(
     folder: Path,
     saving: Saving | None = None,
     strategy: Strategy = "ddp",
+    mask: Any = None,
 ) -> dict[str, Any]:
     """Train, with all random states in some place or other at the start; returns the summary."""
     random.random(), np.random.rand(7), torch.rand(5)
@@ -90,6 +91,7 @@ def run(
         out_dir=folder,
         strategy=strategy,
         saving=saving,
+        mask=mask,
     )
 
 
@@ -100,19 +102,20 @@ def save_and_go_on(
     shelf: Shelf,
     steps: Sequence[int],
     strategy: Strategy = "ddp",
+    mask: Any = None,
 ) -> None:
     """Train without a disturbance, and once more from the saves of some steps.
 
     The first worker's clock says that it is time to save, after every step; no other's ever does.
     """
     interval_s = 0 if rank == 0 else 1e9
-    run(config, base, shelf.whole(rank), Saving(interval_s, shelf), strategy)
+    run(config, base, shelf.whole(rank), Saving(interval_s, shelf), strategy, mask)
     maker = identity(config, TRIAL, base.fingerprint, 1, strategy)
     distributed.wait_for_all()  # the first has completed the last save
     for step in steps:
         folder = shelf.trial(step, rank)
         saves.check(shelf.save(step), folder, maker)
-        run(config, base, folder, Saving(1e9, shelf, shelf.save(step)), strategy)
+        run(config, base, folder, Saving(1e9, shelf, shelf.save(step)), strategy, mask)
 
 
 def files(folder: Path) -> dict[str, Any]:

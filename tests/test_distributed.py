@@ -11,13 +11,17 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from test_subnetwork import bools, mask_of, written
 from together import Job, average_gradients, in_turn, run_together, train, train_all, whiten
 
 from rlsparse import masks, tables
 from rlsparse.algorithms import ppo
 from rlsparse.config import TrialConfig
+from rlsparse.models import TINY
+from rlsparse.models.loading import load_model
 from rlsparse.patch import PATCH_FILE, apply_patch
-from rlsparse.tables import EVER_CHANGED, snapshot_folder, step_mask_file
+from rlsparse.subnetwork import load_mask
+from rlsparse.tables import EVER_CHANGED, SUBNETWORK, snapshot_folder, step_mask_file
 
 TOLERANCE = 1e-4
 NUM_STEPS = 4
@@ -28,11 +32,16 @@ PROBE = {
 }  # fmt: skip
 
 
-def config(name: str, **algorithm: object) -> TrialConfig:
+def config(name: str, mask: object = None, **algorithm: object) -> TrialConfig:
     task = {"num_train_problems": 32, "num_eval_problems": 16}
     probe = PROBE if name == "sft" else {}
     return TrialConfig.model_validate(
-        {"algorithm": {"name": name, **algorithm}, "task": task, "train": TRAIN, "probe": probe}
+        {
+            "algorithm": {"name": name, **algorithm},
+            "task": task,
+            "train": {**TRAIN, "mask": mask},
+            "probe": probe,
+        }
     )
 
 
@@ -48,7 +57,13 @@ TOKENS = tokens()
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory, base):
+def mask_file(tmp_path_factory):
+    mask = mask_of(load_model(TINY, "bf16"), 0.1)
+    return written(mask, tmp_path_factory.mktemp("mask") / "a.mask.safetensors")
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory, base, mask_file):
     folder = tmp_path_factory.mktemp("together")
     jobs = {
         (strategy, name): Job(config(name), folder / f"{strategy}-{name}", strategy)
@@ -57,6 +72,12 @@ def together(tmp_path_factory, base):
             ("fsdp", ("sft", "dpo", "grpo", "rloo")),
         )
         for name in names
+    }
+    jobs |= {
+        ("mask", name): Job(
+            config(name, mask={"file": "a"}), folder / f"mask-{name}", mask_file=mask_file
+        )
+        for name in ("sft", "grpo")
     }
     calls = [
         (average_gradients, (folder,)), (whiten, (TOKENS, folder)),
@@ -67,10 +88,11 @@ def together(tmp_path_factory, base):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, base):
+def alone(tmp_path_factory, base, mask_file):
     @cache
-    def get(name: str) -> Job:
-        job = Job(config(name), tmp_path_factory.mktemp("alone"))
+    def get(name: str, mask: str = "") -> Job:
+        given = config(name, mask={"file": mask} if mask else None)
+        job = Job(given, tmp_path_factory.mktemp("alone"), mask_file=mask_file if mask else None)
         train(job, base)
         return job
 
@@ -88,12 +110,12 @@ def apart(one: Job, other: Job) -> float:
     return (sums[0] / sums[1]) ** 0.5
 
 
-BOTH = [("ddp", "sft"), ("ddp", "dpo"), ("fsdp", "sft"), ("fsdp", "dpo")]
+BOTH = [("ddp", "sft"), ("ddp", "dpo"), ("fsdp", "sft"), ("fsdp", "dpo"), ("mask", "sft")]
 
 
 @pytest.mark.parametrize(("strategy", "name"), BOTH)
 def test_two_workers_follow_the_trajectory_of_one(together, alone, strategy, name):
-    one, two = alone(name), together[strategy, name]
+    one, two = alone(name, strategy * (strategy == "mask")), together[strategy, name]
     assert 0 < apart(one, two) < TOLERANCE
     table = {}
     for job in (one, two):
@@ -128,13 +150,28 @@ def test_both_strategies_agree_where_the_same_is_sampled(together, name):
         torch.testing.assert_close(first[1][name], weight, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "grpo", "rloo", "ppo", "prime"])
-def test_all_workers_hold_the_same_bits(together, name):
-    job = together["ddp", name]
+TOGETHER = [
+    *(("ddp", name) for name in ("sft", "dpo", "grpo", "rloo", "ppo", "prime")),
+    ("mask", "sft"), ("mask", "grpo"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("strategy", "name"), TOGETHER)
+def test_all_workers_hold_the_same_bits(together, strategy, name):
+    job = together[strategy, name]
     start, *_, last = job.weights(0)
     for mine, theirs in zip(job.weights(0), job.weights(1), strict=True):
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
     assert any(not torch.equal(start[key], last[key]) for key in start)
+
+
+@pytest.mark.parametrize("name", ["sft", "grpo"])
+def test_workers_train_the_weights_in_a_mask_alone(together, mask_file, name):
+    job, mask = together["mask", name], load_mask(mask_file)
+    assert load_mask(job.of(0) / SUBNETWORK).fingerprint == mask.fingerprint
+    start, *_, last = job.weights()
+    for key in start:
+        assert not ((start[key] != last[key]) & ~bools(mask, key)).any()
 
 
 @pytest.mark.parametrize("name", ["ppo", "prime"])

@@ -46,7 +46,7 @@ def test_trial_id_is_the_hash_of_what_determines_the_bits():
         "probe": {"score_snapshots": True, "snapshots": []},
         "seed": 7,
         "task": json.loads(ChainSumConfig().model_dump_json()),
-        "train": json.loads(TrainConfig().model_dump_json()),
+        "train": json.loads(TrainConfig().model_dump_json(exclude={"mask"})),
     }
     identity = {
         "base": "f", "config": resolved, "num_threads": 1, "num_workers": 1, "replicate": 0,
@@ -87,7 +87,7 @@ OTHER: dict[str, object] = {
     "max_grad_norm": None, "optimizer": "sgd", "momentum": 0.8, "adam_beta1": 0.8,
     "adam_beta2": 0.99, "adam_epsilon": 1e-6, "weight_decay": 0.1, "lr_schedule": "cosine",
     "warmup_steps": 3, "gradient_accumulation_steps": 2, "trainable_modules": ["q"],
-    "trainable_layers": [1], "data_seed": 0,
+    "trainable_layers": [1], "data_seed": 0, "mask": {"file": "a.mask.safetensors"},
     # probe
     "snapshots": [3], "score_snapshots": False, "k_steps": [2], "step_masks": True,
     "casts": True, "update_interval": 2,

@@ -13,7 +13,7 @@ import safetensors.numpy
 from planted import Tensor, cast, make_pair, plant, random_tensor, weights, write_folder
 
 from rlsparse.checkpoint import Checkpoint, fingerprint
-from rlsparse.definitions import Direction, Size, TrialMask
+from rlsparse.definitions import Direction, Size, Take
 from rlsparse.errors import CheckpointError, ConfigError, PatchError
 from rlsparse.mask_making import (
     MadeMask,
@@ -27,7 +27,7 @@ from rlsparse.mask_making import (
     of_trial,
     random_like,
     random_within_magnitude,
-    step_at,
+    step_of,
     uniform,
     union,
     write,
@@ -206,7 +206,7 @@ def stored_weights(folder) -> dict[str, np.ndarray]:
 
 def test_masks_of_a_trial(trial, base):
     before, after = stored_weights(base.path), stored_weights(trial.folder / "checkpoint")
-    final = of_trial(trial.folder, TrialMask.FINAL)
+    final = of_trial(trial.folder, Take.FINAL)
     found = bits_of(final)
     for name in found:
         differs = before[name].view(np.uint16) != after[name].view(np.uint16)
@@ -215,11 +215,11 @@ def test_masks_of_a_trial(trial, base):
     assert final.base_fingerprint == base.fingerprint
     assert final.metadata["step"] == final.metadata["num_steps"] == "3"
     assert (final.metadata["kind"], final.metadata["algorithm"]) == ("final", "sft")
-    early = of_trial(trial.folder, TrialMask.SNAPSHOT, step=1)
+    early = of_trial(trial.folder, Take.SNAPSHOT, step=1)
     by_patch = changed(base.path, trial.patch(1))
     assert all((early.packed(name) == by_patch.packed(name)).all() for name in found)
     assert sum(counts_of(early).values()) != sum(counts_of(final).values())
-    ever = of_trial(trial.folder, TrialMask.EVER_CHANGED)
+    ever = of_trial(trial.folder, Take.EVER_CHANGED)
     assert sum(counts_of(ever).values()) == sum(
         trial.summary[key] for key in ("num_cancelled", "num_final")
     )
@@ -230,7 +230,7 @@ def test_masks_of_a_trial(trial, base):
 def test_a_trial_in_fp32_is_compared_with_the_base_in_fp32(trained, tiny_trial, base):
     trial = trained(tiny_trial(precision="fp32", keep_checkpoints=True), base)
     before, after = stored_weights(base.path), stored_weights(trial.folder / "checkpoint")
-    found = bits_of(of_trial(trial.folder, TrialMask.FINAL))
+    found = bits_of(of_trial(trial.folder, Take.FINAL))
     for name, mask in found.items():
         wide = before[name].astype(np.float32)
         assert (mask == (wide.view(np.uint32) != after[name].view(np.uint32))).all()
@@ -242,16 +242,16 @@ def test_steps_by_fraction_of_training(tmp_path):
         "train": {"num_steps": 24},
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert [step_at(tmp_path, f) for f in (0.01, 0.05, 0.1, 0.25, 0.9, 1.0)] == [1, 1, 2, 6, 22, 24]
+    assert [step_of(tmp_path, f) for f in (0.01, 0.05, 0.1, 0.25, 0.9, 1.0)] == [1, 1, 2, 6, 22, 24]
     for fraction in (0.0, -0.1, 1.01, math.nan):
         with pytest.raises(ConfigError, match="must be above 0 and at most 1"):
-            step_at(tmp_path, fraction)
+            step_of(tmp_path, fraction)
 
 
 def test_a_written_mask_trains_and_is_compared(trial, base, tmp_path):
     from rlsparse.models.loading import load_model
 
-    made = {"final": of_trial(trial.folder, TrialMask.FINAL)}
+    made = {"final": of_trial(trial.folder, Take.FINAL)}
     made["random"] = random_within_magnitude(made["final"], base.path, 0)
     files = {name: tmp_path / f"{name}.mask.safetensors" for name in made}
     for name, mask in made.items():
@@ -269,21 +269,21 @@ def test_what_is_no_trial_is_named(trial, tmp_path):
     copy = tmp_path / "trial"
     shutil.copytree(trial.folder, copy)
     with pytest.raises(ConfigError, match="no snapshot of step 2; there are: step-000001, step-0"):
-        of_trial(copy, TrialMask.SNAPSHOT, step=2)
-    for kind, step in ((TrialMask.SNAPSHOT, None), (TrialMask.FINAL, 1)):
-        with pytest.raises(ConfigError, match="a step belongs to kind snapshot"):
+        of_trial(copy, Take.SNAPSHOT, step=2)
+    for kind, step in ((Take.SNAPSHOT, None), (Take.FINAL, 1)):
+        with pytest.raises(ConfigError, match="a step belongs to a snapshot"):
             of_trial(copy, kind, step=step)
     other = write_other_base(tmp_path)
     with pytest.raises(PatchError, match="belongs to the base"):
-        of_trial(copy, TrialMask.FINAL, base=other)
+        of_trial(copy, Take.FINAL, base=other)
     (copy / EVER_CHANGED).write_bytes((copy / EVER_CHANGED).read_bytes()[:-5])
     with pytest.raises(CheckpointError, match="truncated"):
-        of_trial(copy, TrialMask.EVER_CHANGED)
+        of_trial(copy, Take.EVER_CHANGED)
     (copy / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="damaged or of another release"):
-        of_trial(copy, TrialMask.FINAL)
+        of_trial(copy, Take.FINAL)
     with pytest.raises(ConfigError, match="no folder of a trial"):
-        of_trial(tmp_path, TrialMask.FINAL)
+        of_trial(tmp_path, Take.FINAL)
 
 
 def write_other_base(folder):

@@ -658,7 +658,7 @@ def test_every_algorithm_trains_a_subnetwork(
     )
     optimizers = []
 
-    def build(model, _):
+    def build(model, *_):
         optimizers.append(SubnetworkAdamW(model, mask_of(model, 0.1), lr=1e-3, max_grad_norm=1.0))
         return optimizers[-1]
 

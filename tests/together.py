@@ -55,6 +55,7 @@ class Job:
     config: TrialConfig
     folder: Path
     strategy: str = "ddp"
+    mask_file: Path | None = None
 
     def of(self, rank: int) -> Path:
         """Folder of a worker's files."""
@@ -84,6 +85,7 @@ def train(job: Job, base: Any, rank: int = 0) -> None:
 
     from rlsparse.algorithms import ALGORITHMS, rollouts
     from rlsparse.sharded import is_sharded
+    from rlsparse.subnetwork import load_mask
     from rlsparse.train import train_trial
 
     build, original = ALGORITHMS[job.config.algorithm.name], rollouts.Companion
@@ -120,6 +122,7 @@ def train(job: Job, base: Any, rank: int = 0) -> None:
             base_fingerprint=base.fingerprint,
             out_dir=job.of(rank),
             strategy=job.strategy,
+            mask=None if job.mask_file is None else load_mask(job.mask_file),
             on_progress=progress.append,
         )
     finally:

@@ -20,6 +20,7 @@ from rlsparse.errors import TrialError
 from rlsparse.models.loading import in_parts, load_model
 from rlsparse.optim import build_optimizer
 from rlsparse.sharded import split
+from rlsparse.subnetwork import SubnetworkMask
 from rlsparse.tasks import Problem, Reward, Task
 
 
@@ -38,6 +39,8 @@ class TrialContext:
     scratch_dir: Path
     num_shards: int = 1
     """Workers of which each holds a part of the model."""
+    mask: SubnetworkMask | None = None
+    """The weights that are trained, if not all."""
 
     def trainer_arguments(self) -> dict[str, Any]:
         """Arguments that all of TRL's configurations share and those of the algorithm's fields.
@@ -52,6 +55,7 @@ class TrialContext:
                 num_workers=distributed.num_workers(),
             ),
             **algorithm_arguments(self.config.algorithm),
+            **({} if self.mask is None else {"max_grad_norm": 0.0}),  # the optimizer clips
             "output_dir": str(self.scratch_dir),
             "fp16": False,
             "tf32": None,
@@ -124,7 +128,7 @@ class TrialContext:
     def optimizers(self) -> tuple[torch.optim.Optimizer, None]:
         """Our optimizer; the trainer adds the learning-rate schedule."""
         split(self.model)
-        return build_optimizer(self.model, self.config.train), None
+        return build_optimizer(self.model, self.config.train, self.mask), None
 
     def reference(self) -> Any | None:
         """The base once more, in parts; None where the trainer may load it itself, whole."""

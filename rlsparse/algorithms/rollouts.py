@@ -51,7 +51,7 @@ class Companion:
     Every worker holds it whole; a step averages their gradients, as that of the policy does.
 
     The optimizer is the trial's, but for the learning rate, which is the algorithm's ``rate_field``
-    and stays constant; all weights are trained.
+    and stays constant; all weights are trained, also where the policy's are those of a mask.
     """
 
     def __init__(self, model: torch.nn.Module, config: TrialConfig, rate_field: str) -> None:

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from rlsparse.errors import TableError
 from rlsparse.identity import canonical_json
-from rlsparse.levels import Scalar, canonical_path, level_label, tags_of, touches
+from rlsparse.levels import MASK, Scalar, canonical_path, level_label, tags_of, touches
 from rlsparse.statistics import Floats
 from rlsparse.study import StudyBase, left_out
 
@@ -98,7 +98,10 @@ def _asked(runs: pd.DataFrame, asked: Collection[str], varied: str = "") -> npt.
 
 
 def value_at(row: Mapping[Any, Any], path: str) -> tuple[Any, ...]:
-    """The value at ``path`` as a tuple of one; empty if the run does not have it."""
+    """The value at ``path`` as a tuple of one; empty if the run does not have it.
+
+    Of a mask it is the label, such as ``random(final)``.
+    """
     if path in _COLUMNS:
         return (None if pd.isna(row[path]) else row[path],)
     node: Any = row["config"]
@@ -106,7 +109,7 @@ def value_at(row: Mapping[Any, Any], path: str) -> tuple[Any, ...]:
         if not isinstance(node, dict) or part not in node:
             return ()
         node = node[part]
-    return (node,)
+    return (level_label(node) if canonical_path(path) == MASK and node is not None else node,)
 
 
 def matched_pairs(

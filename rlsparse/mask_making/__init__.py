@@ -5,7 +5,7 @@ takes one tensor after the other.
 """
 
 from rlsparse.mask_making.algebra import complement, difference, intersection, union
-from rlsparse.mask_making.changed import changed, of_trial, step_at
+from rlsparse.mask_making.changed import changed, of_trial, step_of
 from rlsparse.mask_making.chosen import (
     by_direction,
     by_magnitude,
@@ -13,7 +13,8 @@ from rlsparse.mask_making.chosen import (
     random_within_magnitude,
     uniform,
 )
-from rlsparse.mask_making.made import MadeMask, write
+from rlsparse.mask_making.configured import make_mask
+from rlsparse.mask_making.made import MadeMask, held, write
 
 __all__ = [
     "MadeMask",
@@ -22,11 +23,13 @@ __all__ = [
     "changed",
     "complement",
     "difference",
+    "held",
     "intersection",
+    "make_mask",
     "of_trial",
     "random_like",
     "random_within_magnitude",
-    "step_at",
+    "step_of",
     "uniform",
     "union",
     "write",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rlsparse.checkpoint import Checkpoint, fingerprint
-from rlsparse.definitions import TrialMask
+from rlsparse.definitions import Take, step_at
 from rlsparse.errors import CheckpointError, ConfigError
 from rlsparse.kernels import FLOATS, cast_bits
 from rlsparse.kernels.compare import compare
@@ -81,7 +81,7 @@ def _differing(pair: TensorPair, view: str) -> Packed:
 
 
 def of_trial(
-    folder: Path, kind: TrialMask, *, step: int | None = None, base: str | Path | None = None
+    folder: Path, take: Take, *, step: int | None = None, base: str | Path | None = None
 ) -> MadeMask:
     """A mask of a trial that has run, in the format that it stores.
 
@@ -89,8 +89,8 @@ def of_trial(
 
     Args:
         folder: of the trial.
-        kind: which mask.
-        step: of a snapshot, and given for that kind alone; see ``step_at``.
+        take: which mask.
+        step: of a snapshot, and given for that kind alone; see ``definitions.step_at``.
         base: where the base lies, if not where the trial's configuration says.
 
     Raises:
@@ -99,17 +99,19 @@ def of_trial(
         PatchError: the patch is damaged or of another base.
     """
     config = _config(folder)
-    if (step is None) is (kind is TrialMask.SNAPSHOT):
-        raise ConfigError(f"kind {kind}, step {step}: a step belongs to kind snapshot, and only to")
+    if (step is None) is (take is Take.SNAPSHOT):
+        raise ConfigError(
+            f"take {take}, step {step}: a step belongs to a snapshot, and to nothing else"
+        )
     notes = {
-        "kind": kind.value,
+        "kind": take.value,
         "source": f"trial {folder.name}",
         "trial_id": folder.name,
         "algorithm": config["algorithm"]["name"],
         "seed_of_trial": str(config["seed"]),
         "num_steps": str(config["train"]["num_steps"]),
     }
-    if kind is TrialMask.EVER_CHANGED:
+    if take is Take.EVER_CHANGED:
         file = read_masks(folder / EVER_CHANGED)
         return MadeMask(file.shapes, file.base_fingerprint, {**file.metadata, **notes}, file.packed)
     step = config["train"]["num_steps"] if step is None else step
@@ -125,15 +127,15 @@ def of_trial(
     return MadeMask(found.shapes, found.base_fingerprint, metadata, found.make)
 
 
-def step_at(folder: Path, fraction: float) -> int:
-    """The step of a trial that ends this fraction of training: the nearest, at least 1.
+def step_of(folder: Path, fraction: float) -> int:
+    """``definitions.step_at`` of a trial.
 
     Raises:
         ConfigError: not in (0, 1], or no folder of a trial.
     """
     if not 0 < fraction <= 1:
         raise ConfigError(f"fraction {fraction} of training: must be above 0 and at most 1")
-    return max(1, math.floor(fraction * int(_config(folder)["train"]["num_steps"]) + 0.5))
+    return step_at(fraction, int(_config(folder)["train"]["num_steps"]))
 
 
 def _config(folder: Path) -> Any:

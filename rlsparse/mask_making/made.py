@@ -41,6 +41,12 @@ class MadeMask:
             yield name, self.shapes[name], self.packed(name)
 
 
+def held(mask: Mask) -> MadeMask:
+    """The same mask in memory, so that the files it is made of may go."""
+    packed = {name: mask.packed(name) for name in mask.shapes}
+    return MadeMask(mask.shapes, mask.base_fingerprint, dict(mask.metadata), packed.__getitem__)
+
+
 def write(path: Path, mask: Mask) -> None:
     """Write a mask file, atomically and with one tensor in memory at a time.
 

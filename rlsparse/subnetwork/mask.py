@@ -1,7 +1,6 @@
 """Which weights of a model a mask selects, and the proof that the others have not changed."""
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,12 +60,8 @@ class SubnetworkMask:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) over names, shapes and bits, in order of name."""
-        digest = hashlib.sha256()
-        for name, (shape, packed) in sorted(self.bits.items()):
-            digest.update(json.dumps([name, list(shape)]).encode() + b"\n")
-            digest.update(np.ascontiguousarray(packed).data)
-        return digest.hexdigest()
+        """``masks.fingerprint`` of its bits."""
+        return masks.fingerprint(self.bits)
 
 
 def load_mask(path: str | Path) -> SubnetworkMask:
@@ -76,8 +71,7 @@ def load_mask(path: str | Path) -> SubnetworkMask:
         CheckpointError: not a mask file, cut short or damaged, or no weight is in it.
     """
     file = masks.read_masks(path)
-    bits = {name: (shape, file.packed(name)) for name, shape in file.shapes.items()}
-    return SubnetworkMask(bits, file.base_fingerprint)
+    return SubnetworkMask(masks.bits_of(file), file.base_fingerprint)
 
 
 def check(model: torch.nn.Module, mask: SubnetworkMask) -> None:

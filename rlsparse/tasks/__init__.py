@@ -5,9 +5,12 @@ in ``TASKS``. Importing this package imports neither torch nor any library of da
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from rlsparse.config import TrialConfig
+from rlsparse.mask_config import FileMask, leaves
+from rlsparse.masks import bits_of, fingerprint, read_masks
 from rlsparse.task_config import TaskConfig
 from rlsparse.tasks.basic_arithmetic import BasicArithmetic
 from rlsparse.tasks.chain_sum import ChainSum
@@ -16,7 +19,7 @@ from rlsparse.tasks.problem import Problem, Split, Task
 from rlsparse.tasks.products import Products
 from rlsparse.tasks.prompts import render_prompts
 from rlsparse.tasks.rewards import Reward, load_reward
-from rlsparse.tasks.rows import content_hash
+from rlsparse.tasks.rows import content_hash, stamp
 from rlsparse.tasks.simple_equations import SimpleEquations
 from rlsparse.tasks.user_code import code_hash
 
@@ -38,10 +41,11 @@ def data_version(config: TrialConfig) -> str:
     """What decides a trial's data and rewards beside its configuration; part of its identity.
 
     The task's version, followed by hashes of the code of a user's reward and of a user's
-    demonstrations or preferences, where the algorithm has them.
+    demonstrations or preferences, where the algorithm has them, and of the bits of mask files.
 
     Raises:
         ConfigError: a user's file, data set or function is not there.
+        CheckpointError: a mask file is not there, or damaged.
     """
     reward = getattr(config.algorithm, "reward", "task")
     data = getattr(config.algorithm, "data", "gold")
@@ -50,7 +54,15 @@ def data_version(config: TrialConfig) -> str:
         parts.append(f"reward {code_hash(reward)}")
     if data not in ("gold", "sampled"):
         parts.append(f"data {content_hash(data)}")
+    files = [leaf.file for leaf in leaves(config.train.mask) if isinstance(leaf, FileMask)]
+    parts += [f"mask {_mask_hash(file, stamp(file))}" for file in files]
     return ", ".join(parts)
+
+
+@lru_cache(maxsize=64)
+def _mask_hash(file: str, stamp: tuple[int, ...]) -> str:
+    """Hash of the bits of a mask file, which is read again when its stamp has changed."""
+    return fingerprint(bits_of(read_masks(file)))[:16]
 
 
 __all__ = [

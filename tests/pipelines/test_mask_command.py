@@ -165,10 +165,10 @@ def test_masks_of_trials(study, run, tmp_path):
 
     summary = json.loads((study / "trials/aa11/summary.json").read_text())
     assert made("final") == summary["num_final"]
-    assert made("ever", "--kind", "ever_changed") == summary["num_final"] + summary["num_cancelled"]
-    early = made("early", "--kind", "snapshot", "--step", 1)
+    assert made("ever", "--take", "ever_changed") == summary["num_final"] + summary["num_cancelled"]
+    early = made("early", "--take", "snapshot", "--step", 1)
     assert 0 < early != summary["num_final"]
-    assert made("half", "--kind", "snapshot", "--fraction", 0.5) == early
+    assert made("half", "--take", "snapshot", "--fraction", 0.5) == early
     half, one = (read_masks(tmp_path / f"{name}.mask.safetensors") for name in ("half", "early"))
     assert all((half.packed(name) == one.packed(name)).all() for name in half.shapes)
 
@@ -181,11 +181,11 @@ def test_trials_that_give_no_mask(study, run, tmp_path):
         ((study, ""), "'' names no trial"),
         ((study, "bb33"), "trial bb33 is not done; `rlsparse run` its study again"),
         ((tmp_path / "none", "aa"), "names no trial in .*none; .* of a study that has run"),
-        ((study, "aa11", "--kind", "snapshot"), "--kind snapshot: give --step or --fraction"),
-        ((study, "aa11", "--step", 1), "--kind final: give --step or --fraction with"),
-        ((study, "aa11", "--kind", "snapshot", "--step", 1, "--fraction", 0.5), "one of them"),
-        ((study, "aa11", "--kind", "snapshot", "--step", 7), "no snapshot of step 7"),
-        ((study, "aa11", "--kind", "snapshot", "--fraction", 0), "fraction 0.0 of training"),
+        ((study, "aa11", "--take", "snapshot"), "--take snapshot: give --step or --fraction"),
+        ((study, "aa11", "--step", 1), "--take final: give --step or --fraction with"),
+        ((study, "aa11", "--take", "snapshot", "--step", 1, "--fraction", 0.5), "one of them"),
+        ((study, "aa11", "--take", "snapshot", "--step", 7), "no snapshot of step 7"),
+        ((study, "aa11", "--take", "snapshot", "--fraction", 0), "fraction 0.0 of training"),
         ((study, "aa11", "--base", "nowhere"), "nowhere"),
     ):
         with pytest.raises(RlsparseError, match=message):

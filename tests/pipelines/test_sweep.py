@@ -46,6 +46,7 @@ def spec(plan: Plan, number: int, **changes: Any) -> dict[str, Any]:
         "storage": plan.storage.url,
         "base_identity": plan.base(trial).identity,
         "data_version": trial.data_version,
+        "origins": [],
         "resources": plan.study.resources.model_dump(mode="json"),
         "memory_bytes": 0,
     } | changes
