@@ -57,7 +57,7 @@ def _of_trial(origin: Origin, storage: Storage, base: Path) -> Mask:
             f"the mask is of trial {origin.trial_id}, which is not done in {storage.url}; run the "
             "study again"
         )
-    if origin.take is Take.EVER_CHANGED:
+    if origin.take == Take.EVER_CHANGED:
         with storage.local_copy(f"{folder}/{EVER_CHANGED}") as path:
             return held(read_masks(path))
     with storage.local_copy(f"{folder}/{snapshot_folder(origin.step)}/{PATCH_FILE}") as path:
