@@ -5,6 +5,7 @@ time, and of these only the columns that are summed.
 """
 
 import tempfile
+from collections.abc import Set
 from pathlib import Path
 
 import pyarrow as pa
@@ -36,6 +37,8 @@ GIVEN = ("trials", "steps", "overlaps", "consensus")
 """Tables of one file that must be there."""
 CONCLUDED = ("changes", "magnitudes", "effects", "terms", "means", "claims")
 """Tables that ``conclude`` makes."""
+OPTIONAL = ("agreement", "spectra")
+"""Tables with a part per trial that not every study has."""
 REPORT_FILES = ("index.html", "report.json")
 
 
@@ -50,11 +53,16 @@ def rebuild(storage: Storage, *, allow_missing: bool) -> tuple[StudyBase, Tables
     seeds = content.get("seeds", content["registered"]["seeds"])
     registered = record.registration(storage, study, seeds)
     with storage.lock():
-        for stage in ("aggregate", "mlflow"):  # whose results are not those of its inputs any more
-            storage.delete(f"stages/{stage}.json")
+        forget_conclusions(storage)
         tables = conclude(study, storage, registered, allow_missing=allow_missing)
         write_report(study, storage, tables, registered, allow_missing=allow_missing)
     return study, tables
+
+
+def forget_conclusions(storage: Storage) -> None:
+    """Let the last stages run again: their results are not those of their inputs any more."""
+    for stage in ("aggregate", "mlflow"):
+        storage.delete(f"stages/{stage}.json")
 
 
 def conclude(
@@ -66,7 +74,7 @@ def conclude(
         study: the study.
         storage: its folder. It holds ``GIVEN`` (``trials`` with the columns config, label, and
             base: fingerprint), parts of ``tensor_deltas`` by trial and of ``base_tensors`` by the
-            first 12 digits of their fingerprint, and those of ``spectra`` if the study has any.
+            first 12 digits of their fingerprint, and those of ``OPTIONAL`` if it has any.
         registered: how its claims stand to those that were frozen.
         allow_missing: judge claims although trials of theirs are missing.
 
@@ -100,8 +108,13 @@ def conclude(
     )
     for name in CONCLUDED:
         write_table(storage, result[name], name)
-    spectra = sorted(_parts(storage, "spectra") & set(_finished(trials)))
-    return result | ({"spectra": read_parts(storage, "spectra", spectra)} if spectra else {})
+    return result | _optional(storage, set(_finished(trials)))
+
+
+def _optional(storage: Storage, finished: Set[str]) -> Tables:
+    """Those of ``OPTIONAL`` that the study has."""
+    there = {name: sorted(_parts(storage, name) & finished) for name in OPTIONAL}
+    return {name: read_parts(storage, name, parts) for name, parts in there.items() if parts}
 
 
 def sum_parts(storage: Storage, trials: pa.Table) -> tuple[pa.Table, pa.Table]:
@@ -125,7 +138,7 @@ def sum_parts(storage: Storage, trials: pa.Table) -> tuple[pa.Table, pa.Table]:
 
 
 def load(storage: Storage) -> Tables:
-    """The tables that ``conclude`` returned, as they were written, but for ``spectra``."""
+    """The tables that ``conclude`` returned, as they were written, but for ``OPTIONAL``."""
     return {name: read_table(storage, name) for name in (*GIVEN, *CONCLUDED)}
 
 

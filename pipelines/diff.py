@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import ray
 
+from pipelines import parts
+from pipelines.parts import Item
 from pipelines.plan import Plan, load_base
 from pipelines.storage import MARKER, Storage
-from pipelines.table_files import table_file, write_table
+from pipelines.table_files import write_table
 from rlsparse import tables
 from rlsparse.checkpoint import Checkpoint
 from rlsparse.config import ModelConfig
 from rlsparse.deltas import base_rows, mask_rows, measure_patch
-from rlsparse.errors import CheckpointError, PatchError, RlsparseError
+from rlsparse.errors import CheckpointError, PatchError
 from rlsparse.masks import read_masks
 from rlsparse.patch import PATCH_FILE, Patch
 from rlsparse.patch.side import patched
@@ -26,8 +27,6 @@ from rlsparse.schemas import SCHEMA_VERSION
 from rlsparse.spectrum import spectrum_rows
 from rlsparse.study import Trial
 from rlsparse.tables import EVER_CHANGED, snapshot_folder
-
-Item = dict[str, Any]
 
 _PARTS = ("tensor_deltas", "masks", "spectra")
 """Tables with a part per trial."""
@@ -37,7 +36,7 @@ def pending(plan: Plan) -> list[Item]:
     """Tasks whose parts are missing or were made of other inputs; [] if all tables are there."""
     finished = plan.finished()
     items = {item["part"]: item for trial in finished for item in _items(plan, trial)}
-    return [item for item in items.values() if not _is_done(plan.storage, item)]
+    return [item for item in items.values() if not _is_done(item)]
 
 
 def run(plan: Plan, items: list[Item]) -> None:
@@ -47,19 +46,7 @@ def run(plan: Plan, items: list[Item]) -> None:
         PatchError: files of trials are damaged, one line each; the other trials are done.
     """
     _drop_stale(plan)
-    parts = ray.data.from_items(items, override_num_blocks=len(items)).map(_try_measure)
-    errors = [part["error"] for part in parts.take_all() if part["error"]]
-    if errors:
-        raise PatchError("\n".join(sorted(errors)))
-
-
-def _try_measure(item: Item) -> Item:
-    """One task; errors are handed back, because Ray would wrap them in tracebacks."""
-    try:
-        measure(item)
-    except RlsparseError as error:
-        return {"part": item["part"], "error": str(error)}
-    return {"part": item["part"], "error": ""}
+    parts.run(measure, items)
 
 
 def measure(item: Item) -> None:
@@ -69,21 +56,21 @@ def measure(item: Item) -> None:
     checkpoint = Checkpoint.open(base.path)
     if item["trial_id"] is None:
         rows = base_rows(checkpoint, base_fingerprint=base.fingerprint)
-        parts = {"base_tensors": tables.from_rows(rows, "base_tensors")}
+        made = {"base_tensors": tables.from_rows(rows, "base_tensors")}
     else:
         place = f"trials/{item['trial_id']}"
         try:
             with storage.local_copy(place) as folder:
-                parts = measure_trial(checkpoint, base.fingerprint, folder, item)
+                made = measure_trial(checkpoint, base.fingerprint, folder, item)
                 if "spectrum" in item:
-                    parts["spectra"] = measure_spectra(checkpoint, folder, item)
+                    made["spectra"] = measure_spectra(checkpoint, folder, item)
         except (PatchError, CheckpointError) as error:
             raise PatchError(
                 f"trial {item['trial_id']}: {error}; delete {storage.url}/{place} and run again"
             ) from error
-    for name, table in parts.items():
+    for name, table in made.items():
         write_table(storage, table, name, item["part"])
-    storage.write_json(f"stages/diff/{item['part']}.json", _inputs(item))
+    parts.mark_done("diff", item)
 
 
 def measure_trial(
@@ -155,25 +142,13 @@ def _items(plan: Plan, trial: Trial) -> list[Item]:
     return [of_base, of_trial]
 
 
-def _is_done(storage: Storage, item: Item) -> bool:
+def _is_done(item: Item) -> bool:
     names = ["base_tensors"]
     if item["trial_id"]:
         names = [name for name in _PARTS if name != "spectra" or "spectrum" in item]
-    marker = f"stages/diff/{item['part']}.json"
-    files = [marker, *(table_file(name, item["part"]) for name in names)]
-    return all(map(storage.exists, files)) and bool(storage.read_json(marker) == _inputs(item))
-
-
-def _inputs(item: Item) -> Item:
-    """What the parts depend on: not where they lie, so that a study may be moved."""
-    return {key: value for key, value in item.items() if key not in ("storage", "source")}
+    return parts.is_done("diff", item, names)
 
 
 def _drop_stale(plan: Plan) -> None:
-    """Delete parts of trials that are not of this study any more (they can be made again)."""
-    planned = {trial.trial_id for trial in plan.trials}
-    for name in _PARTS:
-        for file in plan.storage.list(table_file(name)):
-            part = file.removesuffix(".parquet")
-            if part not in planned:
-                plan.storage.delete(table_file(name, part))
+    """Delete parts of trials that are not of this study any more."""
+    parts.drop_stale(plan.storage, _PARTS, {trial.trial_id for trial in plan.trials})

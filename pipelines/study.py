@@ -1,7 +1,7 @@
 """Runs the stages of a study in order; each is skipped when its marker says that it is done.
 
-Stages: sweep (``trials/``), diff and overlap (``tables/``), aggregate (``tables/``), report
-(``report/``), MLflow. They speak through files only, so that the same command, given again,
+Stages: sweep (``trials/``), diff, agreement and overlap (``tables/``), aggregate (``tables/``),
+report (``report/``), MLflow. They speak through files only, so that the same command, given again,
 continues after anything.
 """
 
@@ -167,8 +167,8 @@ def _sweep(plan: Plan, todo: list[Trial], console: Console, memory_bytes: int) -
 
 
 def _analyse(plan: Plan, session: RaySession, console: Console, *, allow_missing: bool) -> Tables:
-    """Diff, overlap, aggregate with report, MLflow; a stage whose inputs are as before is kept."""
-    from pipelines import diff, overlap
+    """Diff, agreement, overlap, aggregate with report, MLflow; what has the same inputs is kept."""
+    from pipelines import agreement, diff, overlap
 
     storage, study = plan.storage, plan.study
     items = diff.pending(plan)
@@ -177,6 +177,11 @@ def _analyse(plan: Plan, session: RaySession, console: Console, *, allow_missing
         num_trials = sum(item["trial_id"] is not None for item in items)
         console.print(f"diffing {num_trials} trials against their base", highlight=False)
         diff.run(plan, items)
+    agreement.drop_stale(plan)
+    if pairs := agreement.pending(plan):
+        session.start()
+        console.print(f"comparing the weights of {len(pairs)} pairs of trials", highlight=False)
+        agreement.run(plan, pairs)
     inputs = conclude_study(
         study,
         storage,

@@ -13,6 +13,13 @@ DEFINITIONS: tuple[str, ...] = (
 )
 """The definitions of *unchanged*, the primary one first."""
 
+AGREEMENT_DEFINITIONS: tuple[str, ...] = ("bitwise", "abs_1e-05", "abs_1e-04")
+"""Definitions under which it is counted whether two trials end in the same weights."""
+AGREEMENT_SCOPES: tuple[str, ...] = ("all", "changed")
+"""Weights among which that is counted: all, and those that the reference changed."""
+AGREEMENT_RELATIONS: tuple[str, ...] = ("subnetwork", "rerun", "other seed")
+"""What the first trial of such a pair is to the other one."""
+
 VIEWS: tuple[str, ...] = ("stored", "fp32", "bf16", "fp16", "fp8_e4m3")
 
 StepWindow = Literal[2, 4, 8, 16, 32, 64]

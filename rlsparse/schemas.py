@@ -8,7 +8,14 @@ element in the flat tensor); all trials of a base share the same chunks.
 
 import pyarrow as pa
 
-from rlsparse.definitions import DEFINITIONS, PROBE_PARTS, RANK_TOLERANCES, STEP_WINDOWS, VIEWS
+from rlsparse.definitions import (
+    AGREEMENT_DEFINITIONS,
+    DEFINITIONS,
+    PROBE_PARTS,
+    RANK_TOLERANCES,
+    STEP_WINDOWS,
+    VIEWS,
+)
 
 SCHEMA_VERSION = "3"
 OLDER_VERSIONS = frozenset({"2"})
@@ -17,6 +24,10 @@ OLDER_VERSIONS = frozenset({"2"})
 _counts = pa.list_(pa.int64())
 _key = [("tensor", pa.string()), ("layer", pa.int32()), ("module", pa.string())]
 _chunk = [("chunk", pa.int32()), ("start", pa.int64()), ("num_elements", pa.int64())]
+
+
+def _floats(*names: str) -> list[tuple[str, pa.DataType]]:
+    return [(name, pa.float64()) for name in names]
 
 
 def _schema(fields: list[tuple[str, pa.DataType]]) -> pa.Schema:
@@ -90,10 +101,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("num_tokens", pa.int64()),  # cumulative
             ("data_nll", pa.float64()),
             ("score", pa.float64()),
-            (
-                "kl_base",
-                pa.float64(),
-            ),  # as trials.kl_final, of this step; as rare as score
+            ("kl_base", pa.float64()),  # as trials.kl_final, of this step; as rare as score
             # Share of all weights (tied ones once) whose stored bits equal those of k steps before:
             # S_k of arXiv 2602.03839. Every step for k = 1; else at multiples of k, where
             # `probe.k_steps` has it.
@@ -259,6 +267,22 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("expected_magnitude", pa.float64()),
         ]
     ),
+    # Last weights of two trials, theta and those of the reference, in the stored format: two rows
+    # per pair of `agreement.trial_pairs`. No such table where no trial has a mask.
+    "agreement": _schema(
+        [
+            ("trial_id", pa.string()),
+            ("reference", pa.string()),  # trial_id
+            ("relation", pa.string()),  # subnetwork, rerun, other seed
+            ("scope", pa.string()),  # all; changed: what the reference changed, bitwise
+            ("num_elements", pa.int64()),
+            *((f"num_equal_{name}", pa.int64()) for name in AGREEMENT_DEFINITIONS),
+            # The same of the base and the reference: what agrees without any training.
+            *((f"num_base_equal_{name}", pa.int64()) for name in AGREEMENT_DEFINITIONS),
+            ("sum_sq_difference", pa.float64()),  # ||theta - reference||^2
+            ("sum_sq_update", pa.float64()),  # ||reference - base||^2
+        ]
+    ),
     # One row per matrix and kind: `update`, and its `null`, a random matrix of single representable
     # steps of the same density. Null where a statistic is undefined; see `spectrum.Spectrum`.
     "spectra": _schema(
@@ -291,16 +315,10 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("top_1pct_share", pa.float64()),
             ("top_10pct_share", pa.float64()),
             ("mask_share", pa.float64()),
-            ("principal_lift", pa.float64()),
-            ("principal_lift_in_decile", pa.float64()),
-            ("low_lift", pa.float64()),
-            ("low_lift_in_decile", pa.float64()),
-            ("row_dispersion", pa.float64()),
-            ("column_dispersion", pa.float64()),
-            ("untouched_row_share", pa.float64()),
-            ("untouched_column_share", pa.float64()),
-            ("top_row_share", pa.float64()),
-            ("top_column_share", pa.float64()),
+            *_floats("principal_lift", "principal_lift_in_decile", "low_lift"),
+            *_floats("low_lift_in_decile", "row_dispersion", "column_dispersion"),
+            *_floats("untouched_row_share", "untouched_column_share"),
+            *_floats("top_row_share", "top_column_share"),
             ("looks_like_adapter", pa.bool_()),
         ]
     ),
@@ -317,10 +335,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("module", pa.string()),  # null = all
             ("method", pa.string()),  # see `METHODS` of effects and overlap_effects
             ("scale", pa.string()),  # of the estimate: log_odds, log, identity
-            ("estimate", pa.float64()),
-            ("ci_low", pa.float64()),
-            ("ci_high", pa.float64()),
-            ("ci_level", pa.float64()),
+            *_floats("estimate", "ci_low", "ci_high", "ci_level"),
             ("p_value", pa.float64()),
             ("p_floor", pa.float64()),  # the smallest p that the test can give
             ("p_adjusted", pa.float64()),
@@ -351,10 +366,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("factor", pa.string()),
             ("level", pa.string()),
             ("scale", pa.string()),
-            ("estimate", pa.float64()),
-            ("ci_low", pa.float64()),
-            ("ci_high", pa.float64()),
-            ("ci_level", pa.float64()),
+            *_floats("estimate", "ci_low", "ci_high", "ci_level"),
             ("num_runs", pa.int64()),
         ]
     ),
@@ -368,10 +380,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("registered", pa.string()),  # registered, post hoc, extended
             ("verdict", pa.string()),  # supported, refuted, undecided
             ("outcome", pa.string()),  # the verdict in words, with its scope
-            ("estimate", pa.float64()),
-            ("ci_low", pa.float64()),
-            ("ci_high", pa.float64()),
-            ("ci_level", pa.float64()),
+            *_floats("estimate", "ci_low", "ci_high", "ci_level"),
             ("margin", pa.float64()),
             ("p_value", pa.float64()),
             ("p_floor", pa.float64()),

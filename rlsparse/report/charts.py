@@ -85,7 +85,7 @@ def _curves(title: str, rows: Sequence[Row], series: Series, fraction: bool) -> 
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(row["group"], []).append(row)
-    ends = [row[key] for row in rows for key in ("low", "high")]
+    ends = [row[key] for row in rows for key in ("low", "mean", "high")]
     y = scale_of(ends) if rows[0]["measure"] in ("score", "loss", "reward") else from_zero(ends)
     x = scale_of([row["step"] for row in rows], pad=0.02)
     write = short_percent if fraction else number
@@ -93,14 +93,15 @@ def _curves(title: str, rows: Sequence[Row], series: Series, fraction: bool) -> 
     lines, parts = [], []
     for group, points in found.items():
         look, ids = series.style(group), series.ids(group)
-        if len(found) <= MAX_BANDS:
+        has_range = all(p["low"] is not None for p in points)
+        if has_range and len(found) <= MAX_BANDS:
             low, high = ([(p["step"], p[end]) for p in points] for end in ("low", "high"))
             lines.append(frame.band(look, low, high, ids))
         lines.append(frame.line(look, [(p["step"], p["mean"]) for p in points], ids))
         marked = points if len(points) <= MAX_MARKS else [points[0], points[-1]]
         for p in marked:
             tip = f"{group}, step {p['step']}\n{_said(p['mean'], fraction)}"
-            if p["num_runs"] > 1:
+            if has_range and p["num_runs"] > 1:
                 ends_said = " to ".join(_said(p[end], fraction) for end in ("low", "high"))
                 tip += f"\n{ends_said} over {p['num_runs']} runs"
             parts.append(frame.mark(look, p["step"], p["mean"], tip, ids))

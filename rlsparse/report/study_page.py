@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from rlsparse.definitions import DEFINITIONS, NULLS
+from rlsparse.definitions import AGREEMENT_DEFINITIONS, DEFINITIONS, NULLS
 from rlsparse.effects import BOOTSTRAP, UNPAIRED
 from rlsparse.effects.responses import FAILED
 from rlsparse.identity import canonical_json
@@ -30,8 +30,16 @@ from rlsparse.report.overlap_rows import (
 )
 from rlsparse.report.page import render
 from rlsparse.report.pairs import module_pairs, outside_rows, pairs_of
-from rlsparse.report.rows import Row, cell_rows, collapsed, density_map, trial_rows
-from rlsparse.report.series import Series, series_of
+from rlsparse.report.rows import (
+    Row,
+    cell_rows,
+    collapsed,
+    density_map,
+    short_labels,
+    trial_rows,
+)
+from rlsparse.report.series import MAX_LABEL, Series, series_of
+from rlsparse.report.subnetwork_rows import subnetwork_rows
 from rlsparse.report.verdict_rows import (
     claim_rows,
     effect_rows,
@@ -69,9 +77,9 @@ def build_report(
     Args:
         study: the resolved study.
         tables: ``trials``, and as far as they exist ``steps``, ``changes``, ``magnitudes``,
-            ``overlaps``, ``consensus``, ``spectra``, ``effects``, ``terms``, ``means`` and
-            ``claims`` (see ``schemas``). ``trials`` may have the further columns ``config`` (JSON
-            of the trial) and ``label``.
+            ``overlaps``, ``consensus``, ``spectra``, ``agreement``, ``effects``, ``terms``,
+            ``means`` and ``claims`` (see ``schemas``). ``trials`` may have the further columns
+            ``config`` (JSON of the trial) and ``label``.
         out_dir: made when missing.
         provenance: what the page states at its end; known keys are ``command``, ``git_commit``,
             ``study_sha256``, ``claims_sha256``, ``versions`` (a mapping), ``hosts``, ``wall_s`` and
@@ -100,6 +108,8 @@ def build_report(
             "known_provenance": _PROVENANCE,
             "effect_groups": lambda row: series.with_level(levels_of(row)),
             "definitions": DEFINITIONS,
+            "agreement_definitions": AGREEMENT_DEFINITIONS,
+            "mask_labels": _mask_labels(content["subnetworks"]),
             "nulls": NULLS,
             "explained": _of_runs(content["relations"]),
             "probe_heads": {
@@ -184,6 +194,7 @@ def _content(
         "modules": module_rows(trials, pairs, module_pairs(study, tables, trials)),
         "overlap_map": _overlap_map(trials, cells, pairs),
         "consensus": consensus_rows(study, tables, by_cell),
+        "subnetworks": subnetwork_rows(trials, tables),
         "effects": effect_rows(tables),
         "terms": term_rows(tables),
         "means": mean_rows(tables),
@@ -281,6 +292,7 @@ def _figures(content: Row, series: Series) -> dict[str, Any]:
         "windows": charts.window_chart(content["windows"], groups, series),
         "gain": charts.gain_chart(trials, series),
         "loss": charts.loss_charts(content["curves"], groups, series),
+        "subnetworks": _subnetwork_figures(content, series),
         "density": heat_maps.density_maps(content["density"], series),
         "magnitude": charts.magnitude_chart(content["magnitudes"], groups, series),
         "ranks": charts.rank_charts(content["ranks"], series),
@@ -296,6 +308,25 @@ def _figures(content: Row, series: Series) -> dict[str, Any]:
         },
         "parts": heat_maps.effect_maps(content["effects"]),
     }
+
+
+def _subnetwork_figures(content: Row, series: Series) -> Row:
+    """The mean loss of the cells that share the baseline's other factors, or the first block's."""
+    rows = content["subnetworks"]
+    block = next((row["block"] for row in rows if row["is_baseline"]), rows and rows[0]["block"])
+    own = {row["group"] for row in rows if row["block"] == block}
+    groups = [group for group in content["drawn"] if group in own]
+    losses = [
+        {**row, "low": None, "high": None} for row in content["curves"] if row["measure"] == "loss"
+    ]
+    drawn = charts.loss_charts(losses, groups, series)
+    return {"block": block, "groups": groups, "loss": drawn}
+
+
+def _mask_labels(rows: Sequence[Row]) -> dict[str, str]:
+    """Labels of masks, shortened where they stay apart."""
+    masks = _distinct(row["mask"] for row in rows)
+    return dict(zip(masks, short_labels(masks, MAX_LABEL), strict=True))
 
 
 def _third(runs: Sequence[Row]) -> dict[bool, str]:

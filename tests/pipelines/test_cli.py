@@ -24,6 +24,7 @@ from pipelines.plan import Plan, _load_base, make_plan
 from pipelines.session import RaySession
 from pipelines.sweep import _spec, run_trial
 from rlsparse import tables
+from rlsparse.errors import CheckpointError
 from rlsparse.models import TINY
 from rlsparse.study import Study
 from rlsparse.tables import SCHEMAS
@@ -366,12 +367,14 @@ def test_diffs_that_need_a_base_that_is_gone_say_so(moved_on: Plan, folder: Path
     shutil.rmtree(folder / "runs" / "s" / "tables")
     plan = cli._plan_of(moved_on.storage.path(""), "")
     for item in diff.pending(plan):
-        assert not diff._try_measure(item)["error"]
+        diff.measure(item)
+    assert diff.pending(plan) == []
     shutil.rmtree(folder / "runs" / "s" / "tables")
     shutil.rmtree(folder / "base")
     _load_base.cache_clear()
     for item in diff.pending(plan):
-        assert "model.source './base': no such folder" in diff._try_measure(item)["error"]
+        with pytest.raises(CheckpointError, match=r"model\.source '\./base': no such folder"):
+            diff.measure(item)
 
 
 def test_a_study_that_recorded_no_inputs_is_planned_with_those_that_are_here(

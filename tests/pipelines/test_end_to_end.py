@@ -71,7 +71,10 @@ def test_no_temporary_file_is_left(study_run: StudyRun) -> None:
     assert not (study_run.folder / "driver.lock").exists()
 
 
-@pytest.mark.parametrize("name", sorted(tables.SCHEMAS.keys() - {"spectra", "stripes"}))
+OTHERS = {"agreement", "spectra", "stripes"}  # of masks, of request, of pairs of checkpoints
+
+
+@pytest.mark.parametrize("name", sorted(tables.SCHEMAS.keys() - OTHERS))
 def test_every_table_fits_its_schema(study_run: StudyRun, name: str) -> None:
     files = [study_run.folder / "tables" / f"{name}.parquet"]
     if name == "eval":  # stays with its trial
@@ -79,6 +82,12 @@ def test_every_table_fits_its_schema(study_run: StudyRun, name: str) -> None:
         assert len(files) == len(study_run.plan.trials)
     for file in files:
         assert tables.read(file, name).num_rows > 0
+
+
+def test_a_study_without_masks_compares_no_weights(study_run: StudyRun) -> None:
+    assert not (study_run.folder / "tables" / "agreement.parquet").exists()
+    assert "comparing the weights" not in study_run.result.stderr
+    assert 'id="subnetworks"' not in (study_run.folder / "report" / "index.html").read_text()
 
 
 def test_every_planned_trial_is_a_row(study_run: StudyRun) -> None:

@@ -267,6 +267,11 @@ def test_a_study_that_is_killed_between_its_phases_goes_on(tmp_path: Path) -> No
             assert row["num_in_mask"] == sum(counts.values())
             after, inside = moved(folder / trial.trial_id), bits(mask.path)
             assert not any((after[name] & ~inside[name]).any() for name in inside)
+        agreed = tables.read(again.folder / "tables" / "agreement.parquet", "agreement").to_pylist()
+        relations = {row["trial_id"]: row["relation"] for row in agreed}
+        assert relations == {t.trial_id: "subnetwork" if t.needs else "other seed"
+                             for t in plan.trials}  # fmt: skip
+        assert 'id="subnetworks"' in (again.folder / "report" / "index.html").read_text()
     finally:
         command.close()
 
