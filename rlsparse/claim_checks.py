@@ -1,5 +1,6 @@
 """Finds in a study, before any training, what would leave its claims undecided after it."""
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,11 +14,13 @@ from rlsparse.claim_config import (
     MonotoneClaim,
     OverlapClaim,
     ReproducesClaim,
+    SidesClaim,
     WithinClaim,
 )
 from rlsparse.claims.observations import Response
 from rlsparse.claims.rules import misfit
 from rlsparse.definitions import DEFINITIONS, MODULES, VIEWS
+from rlsparse.effects.responses import VALIDATION
 from rlsparse.errors import nearest
 from rlsparse.levels import MASK, canonical_path, level_label, paths_of, touches
 from rlsparse.pair_runs import PairRun
@@ -27,13 +30,15 @@ from rlsparse.variants import Location
 _MEASURED = (
     "score_after",
     "score_gain",
+    VALIDATION,
     "kl_final",
     "failed",
     *(f"sparsity.{name}" for name in DEFINITIONS),
 )
 _RESPONSES = (*_MEASURED, "identical_replicates", "overlap.bitwise")
-_FRACTIONS = ("sparsity", "score_after", "failed", "identical_replicates")
+_FRACTIONS = ("sparsity", "score_after", VALIDATION, "failed", "identical_replicates")
 _COLUMNS = ("role", "control", "replicate")
+_NUM_VALIDATION = "task.num_validation_problems"
 _NOWHERE = object()
 
 
@@ -120,6 +125,9 @@ def check_claims(study: StudyBase, trials: Sequence[Trial | PairRun]) -> None:
         if isinstance(claim, OverlapClaim):
             _check_overlap(study, claim, planned, here)
         _check_sides(claim, planned, here)
+        _check_validation(claim, planned, here)
+        if isinstance(claim, SidesClaim) and claim.tune is not None:
+            _check_tuning(study, claim, claim.tune, planned, here)
         _check_numbers(claim, here)
         _check_varied(claim, planned, here)
         wrong = misfit(claim, Response.parse(claim.response, study.default_view))
@@ -220,6 +228,43 @@ def _check_sides(claim: Claim, planned: Sequence[_Planned], here: Location) -> N
                 f"claims: {claim.id}: no selected trial has a snapshot at step {claim.at.step}; "
                 f"there: {', '.join(map(str, there))}; further ones: probe.snapshots"
             ).at(*here, "at", "step")
+
+
+def _check_validation(claim: Claim, planned: Sequence[_Planned], here: Location) -> None:
+    """Runs whose validation scores a claim reads must have some."""
+    texts = {"response": claim.response, "on": getattr(claim, "on", "")}
+    fields = [field for field, text in texts.items() if text.partition("@")[0] == VALIDATION]
+    fields += ["tune"] if getattr(claim, "tune", None) is not None else []
+    for field, (side, selector) in itertools.product(fields, claim.sides.items()):
+        selected = [trial for trial in planned if trial.matches(selector, claim.varied)]
+        if any(trial.value(_NUM_VALIDATION) in (0, _NOWHERE) for trial in selected):
+            raise StudyError(
+                f"claims: {claim.id}: {field} asks for validation scores, which the runs of {side} "
+                f"do not have; set {_NUM_VALIDATION} (runs made elsewhere have none)"
+            ).at(*here, field)
+
+
+def _check_tuning(
+    study: StudyBase, claim: SidesClaim, tune: str, planned: Sequence[_Planned], here: Location
+) -> None:
+    """What is tuned must be a factor that no side fixes, at seeds that every side has."""
+    _check_factor(study, f"claims: {claim.id}: tune", tune, (*here, "tune"))
+    for side, selector in claim.sides.items():
+        selected = [trial for trial in planned if trial.matches(selector, claim.varied)]
+        fixed = [path for path in selector if _is_part(path, tune)]
+        if fixed and len({trial.cell.get(tune) for trial in selected}) < 2:
+            field = side if fixed[0] in claim.given[side] else "where"
+            raise StudyError(
+                f"claims: {claim.id}: {field} fixes {tune}, which the claim tunes; leave "
+                f"{fixed[0]} out of {field}"
+            ).at(*here, field, fixed[0])
+        seeds = sorted({int(trial.value("seed")) for trial in selected})
+        others = [str(seed) for seed in claim.tuning_seeds if seed not in seeds]
+        if others:
+            raise StudyError(
+                f"claims: {claim.id}: tuning_seeds {', '.join(others)}: no such seeds; those of "
+                f"{side}: {', '.join(map(str, seeds))}"
+            ).at(*here, "tuning_seeds")
 
 
 def _check_numbers(claim: Claim, here: Location) -> None:

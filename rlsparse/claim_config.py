@@ -49,7 +49,8 @@ class ClaimBase(Config):
     """What all claims share.
 
     ``response`` is ``sparsity.<definition>[@<view>]``, ``score_after``, ``score_gain``,
-    ``kl_final``, ``failed``, ``overlap.<definition>[@<view>]`` or ``identical_replicates``.
+    ``score_validation``, ``kl_final``, ``failed``, ``overlap.<definition>[@<view>]`` or
+    ``identical_replicates``.
     ``where``, ``a`` and ``b`` select runs by dotted configuration path (``algorithm`` and ``task``
     are short for ``algorithm.name`` and ``task.name``) or by ``role``, ``control``, ``seed``,
     ``replicate``; controls and surrogates are left out unless asked for, see ``study.left_out``.
@@ -109,7 +110,46 @@ class ReproducesClaim(ClaimBase):
     margin: float = Field(gt=0)
 
 
-class GreaterClaim(ClaimBase):
+class SidesClaim(ClaimBase):
+    """What claims share that compare sides, ``a`` with others, matched by seed.
+
+    With ``tune``, the path of a factor, the runs of a side that are alike but for it and the seed
+    are compared at one level: that with the best mean ``score_validation`` at the
+    ``tuning_seeds``, which are not compared themselves. See ``claims.tuning``.
+    """
+
+    a: dict[str, Scalar]
+    b: dict[str, Scalar]
+    tune: str | None = None
+    tuning_seeds: tuple[int, ...] = ()
+
+    @property
+    def given(self) -> dict[str, dict[str, Scalar]]:
+        """What each side adds to ``where``."""
+        return {"a": self.a, "b": self.b}
+
+    @property
+    def sides(self) -> dict[str, dict[str, Scalar]]:
+        """All of them."""
+        return {name: {**self.where, **side} for name, side in self.given.items()}
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """What any side names, and what is tuned."""
+        named = [path for side in self.given.values() for path in side]
+        return (*named, *filter(None, [self.tune]))
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> "SidesClaim":
+        if (self.tune is None) == bool(self.tuning_seeds):
+            raise ValueError(
+                "tune and tuning_seeds go together: the factor whose level is chosen, and the "
+                "seeds at which it is; give both or neither"
+            )
+        return self
+
+
+class GreaterClaim(SidesClaim):
     """Matched by seed, the response of ``a`` exceeds that of ``b``.
 
     ``margin`` is an odds ratio for responses that are fractions, else a difference; the default
@@ -117,19 +157,7 @@ class GreaterClaim(ClaimBase):
     """
 
     kind: Literal["greater"]
-    a: dict[str, Scalar]
-    b: dict[str, Scalar]
     margin: float | None = None
-
-    @property
-    def sides(self) -> dict[str, dict[str, Scalar]]:
-        """Both sides."""
-        return {"a": {**self.where, **self.a}, "b": {**self.where, **self.b}}
-
-    @property
-    def compared(self) -> tuple[str, ...]:
-        """What either side names."""
-        return (*self.a, *self.b)
 
 
 class EquivalentClaim(ClaimBase):
@@ -191,30 +219,23 @@ class BelowNullClaim(OverlapClaim):
     kind: Literal["below_null"]
 
 
-class RecoversClaim(ClaimBase):
+class RecoversClaim(SidesClaim):
     """``a`` (a trained subnetwork) scores as well as ``b`` (all weights), and better than random.
 
     Non-inferior: a - b above -``margin``, a difference of scores. Specific: a above every cell of
-    ``random``, the same training of random masks at each learning rate that was tried.
+    ``random``, the same training of random masks: every tuned one with ``tune``, else each at each
+    learning rate that was tried.
     """
 
     kind: Literal["recovers"]
     response: str = "score_after"
-    a: dict[str, Scalar]
-    b: dict[str, Scalar]
     random: dict[str, Scalar]
     margin: float = Field(0.02, gt=0)
 
     @property
-    def sides(self) -> dict[str, dict[str, Scalar]]:
+    def given(self) -> dict[str, dict[str, Scalar]]:
         """All three sides."""
-        given = {"a": self.a, "b": self.b, "random": self.random}
-        return {name: {**self.where, **side} for name, side in given.items()}
-
-    @property
-    def compared(self) -> tuple[str, ...]:
-        """What any side names."""
-        return (*self.a, *self.b, *self.random)
+        return {**super().given, "random": self.random}
 
 
 class MonotoneClaim(ClaimBase):

@@ -177,7 +177,7 @@ _REMEDIES = {
     "logits": {
         "step": _SMALLER_PASSES,
         "rollout": "lower train.batch_size or algorithm.steps_per_rollout",
-        "score": "lower task.num_eval_problems, of which 256 are scored at once",
+        "score": "lower task.num_eval_problems and num_validation_problems below 256",
         "distance": "lower task.num_eval_problems below 64 or task.max_completion_tokens",
     },
     "activations": {"step": _SMALLER_PASSES},
@@ -278,6 +278,7 @@ def _moments(
     # A gradient is dense until it is packed.
     dense = max(count for *_, count in size.tensors) if train.mask is not None else 0
     length, mixed = sequence_tokens(config), train.precision == "bf16-mixed"
+    num_scored = max(config.task.num_eval_problems, config.task.num_validation_problems)
     num_tokens = train.micro_batch_size // num_workers * length
     if isinstance(algorithm, PreferenceConfig) and algorithm.name != "kto":
         num_tokens *= 2  # chosen and rejected
@@ -297,9 +298,7 @@ def _moments(
             # its gradient, alone and as tied.
             "logits": 4 * 4 * logits + 3 * 4 * size.vocabulary * size.hidden,
         },
-        "score": _generation(
-            size, min(_SCORE_BATCH, config.task.num_eval_problems), length, compute
-        ),
+        "score": _generation(size, min(_SCORE_BATCH, num_scored), length, compute),
         "distance": _distance(config, size, length, num_shards),
     }
     if isinstance(algorithm, OnlineConfig):
@@ -387,7 +386,7 @@ def cpu_seconds(config: TrialConfig, num_weights: int) -> float:
     steps = config.train.num_steps * config.train.batch_size
     work = steps * algorithm.FLOP_PER_WEIGHT_TOKEN
     num_scores = len(config.snapshot_steps) + 1 if config.probe.score_snapshots else 2
-    work += 2.0 * num_scores * task.num_eval_problems
+    work += 2.0 * (num_scores * task.num_eval_problems + task.num_validation_problems)
     # The divergence to the base: samples, and a pass of both models over them.
     work += 6.0 * (num_scores - 1) * min(task.num_eval_problems, NUM_DISTANCE_PROBLEMS)
     samples_first = getattr(algorithm, "data", "sampled") == "sampled"

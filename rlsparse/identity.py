@@ -50,6 +50,8 @@ def trial_id(
     for later in ("k_steps", "step_masks", "casts", "update_interval"):  # without, the name stays
         if not own["probe"][later]:
             del own["probe"][later]
+    if not own["task"]["num_validation_problems"]:
+        del own["task"]["num_validation_problems"]
     del own["train"]["mask"]
     if config.train.mask is not None:
         own["train"]["mask"] = _named_mask(config.train.mask, origins)

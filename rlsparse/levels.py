@@ -5,7 +5,7 @@ Configurations are here plain nested dictionaries with all defaults filled in.
 
 import functools
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rlsparse.algorithm_config import AlgorithmConfig
@@ -45,6 +45,13 @@ def level_label(level: Any) -> str:
     if isinstance(level, list | tuple):
         return f"[{', '.join(level_label(item) for item in level)}]"
     return level if isinstance(level, str) else canonical_json(level)
+
+
+def ordered_labels(levels: Sequence[Level]) -> list[str]:
+    """Labels of a factor's levels: by number if all are numbers, else as listed."""
+    numbers = [x for x in levels if isinstance(x, int | float) and not isinstance(x, bool)]
+    ordered = sorted(numbers) if len(numbers) == len(levels) else levels
+    return list(dict.fromkeys(map(level_label, ordered)))
 
 
 def order_of(path: str) -> tuple[int, bool]:

@@ -113,7 +113,9 @@ def _remedy(phase: str, config: TrialConfig) -> str:
     """What to lower, with its value."""
     train, task, algorithm = config.train, config.task, config.algorithm
     if phase == "scoring":
-        return f"lower task.num_eval_problems {task.num_eval_problems} (256 are scored at once)"
+        counts = {n: getattr(task, n) for n in ("num_eval_problems", "num_validation_problems")}
+        largest = max(counts, key=counts.__getitem__)
+        return f"lower task.{largest} {counts[largest]} (256 are scored at once)"
     if phase == "measuring the distance to the base":
         return (
             f"lower task.num_eval_problems {task.num_eval_problems} (64 are compared at once) or "

@@ -61,6 +61,9 @@ SCHEMAS: dict[str, pa.Schema] = {
             # Paired standard error of score_after - score_before, over the problems.
             ("score_gain_se", pa.float64()),
             ("num_eval_problems", pa.int64()),
+            # After the last step, on problems of the split validation; null where none were asked.
+            ("score_validation", pa.float64()),
+            ("num_validation_problems", pa.int64()),
             ("gate_ratio", pa.float64()),  # 256 * learning_rate / median |w|
             ("num_clipped_steps", pa.int64()),
             ("kl_final", pa.float64()),  # KL(trained || base) per token, on samples of the trained
@@ -131,11 +134,12 @@ SCHEMAS: dict[str, pa.Schema] = {
         [
             ("trial_id", pa.string()),
             ("step", pa.int64()),
-            ("split", pa.string()),
+            ("split", pa.string()),  # test; validation after the last step
             ("num_correct", pa.float64()),
             ("num_problems", pa.int64()),
             ("score", pa.float64()),
-            ("gain_se", pa.float64()),  # paired standard error of score - that of step 0
+            # Paired standard error of score - that of step 0; null of validation.
+            ("gain_se", pa.float64()),
         ]
     ),
     "base_tensors": _schema(

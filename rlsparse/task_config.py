@@ -12,12 +12,14 @@ class ProblemSetConfig(Config):
 
     ``num_shots`` puts that many solved problems (of the pretrain split) before each prompt, for
     models that were not trained on the task. ``prompt_format: chat`` wraps each prompt in the
-    base's chat template.
+    base's chat template. ``num_validation_problems``: on so many of the validation split the model
+    is scored after the last step, for claims that choose a level of a factor by it.
     """
 
     num_shots: int = Field(0, ge=0, le=8)
     num_train_problems: int = Field(768, ge=1)
     num_eval_problems: int = Field(512, ge=1)
+    num_validation_problems: int = Field(0, ge=0)
     max_completion_tokens: int = Field(6, ge=1)
     prompt_format: Literal["text", "chat"] = "text"
 

@@ -10,19 +10,18 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import torch
 import transformers
 from transformers import PrinterCallback, TrainerCallback
 
-from rlsparse import distributed, tables
+from rlsparse import distributed, scoring, tables
 from rlsparse.algorithms import ALGORITHMS, TrialContext
 from rlsparse.checkpoint import Checkpoint
-from rlsparse.config import NUM_DISTANCE_PROBLEMS, TrialConfig
+from rlsparse.config import TrialConfig
 from rlsparse.costs import estimates
-from rlsparse.errors import TrialError
 from rlsparse.masks import write_masks
 from rlsparse.memory import peak_bytes, release, tells_out_of_memory
 from rlsparse.models.loading import TORCH_DTYPES, load_model, load_tokenizer
@@ -34,8 +33,8 @@ from rlsparse.sharded import is_sharded, spaced
 from rlsparse.subnetwork import SubnetworkMask
 from rlsparse.subnetwork.trial import columns, keep_unwrapped, others_untouched, trained_mask
 from rlsparse.tables import SUBNETWORK, SUMMARY
-from rlsparse.tasks import Problem, Task, load_reward, load_task, render_prompts
-from rlsparse.tasks.generate import Score, evaluate, kl_divergence
+from rlsparse.tasks import load_reward, load_task
+from rlsparse.tasks.generate import Score
 
 _MEDIAN_SAMPLE = 2**22
 
@@ -114,7 +113,7 @@ def train_trial(
         return {}
     if context.mask is not None:
         write_masks(out_dir / SUBNETWORK, context.mask.bits, context.mask.base_fingerprint)
-    score_base = _score_stored(context, base_dir)
+    score_base = scoring.score_stored(context, base_dir)
     median = _median_magnitude(context.model)
     probe = Probe(
         config,
@@ -123,17 +122,19 @@ def train_trial(
         base=Checkpoint.open(base_dir),
         base_fingerprint=base_fingerprint,
         out_dir=out_dir,
-        score=lambda: _score(context, context.model),
-        distance=lambda: _distance(context, base_dir),
+        score=lambda: scoring.score(context, context.model),
+        distance=lambda: scoring.distance(context, base_dir),
         on_progress=on_progress,
     )
     _train(context, probe, saver)
+    with probe.prices.of("scores"):
+        validation = scoring.score_validation(context)
     split = probe.finish()
     if distributed.rank() > 0:
         return {}
     if config.keep_checkpoints:
         _save_checkpoint(context, out_dir / "checkpoint")
-    _write_tables(probe, trial_id, out_dir)
+    _write_tables(probe, validation, trial_id, out_dir)
     last = config.train.num_steps
     clipped = (row.get("clipped_fraction", 0.0) for row in probe.rows.values())
     summary = {
@@ -143,6 +144,7 @@ def train_trial(
         "score_after": probe.scores[last].fraction,
         "score_gain_se": probe.scores[last].gain_se(probe.scores[0]),
         "num_eval_problems": config.task.num_eval_problems,
+        **scoring.validation_columns(validation),
         "gate_ratio": 256 * config.train.learning_rate / median,
         "num_clipped_steps": int(sum(clipped)),
         "kl_final": probe.distances[last],
@@ -218,12 +220,14 @@ def _load(
     mask = trained_mask(model, config, mask)
     if torch.cuda.is_available():
         model = model.to("cuda")
+    # All of them, so that a split with too few is told before training.
+    problems = {s: scoring.problems_of(config, task, tokenizer, s) for s in scoring.SPLITS}
     return TrialContext(
         config=config,
         model=model,
         tokenizer=tokenizer,
         task=task,
-        problems=_problems(config, task, tokenizer, "train"),
+        problems=problems["train"],
         reward=load_reward(
             getattr(config.algorithm, "reward", "task"),
             task,
@@ -235,94 +239,13 @@ def _load(
     )
 
 
-def _problems(
-    config: TrialConfig, task: Task, tokenizer: Any, split: Literal["train", "test"]
-) -> list[Problem]:
-    """The problems of a split that a trial uses, as the base reads them.
-
-    Raises:
-        TrialError: none has a solution that is short enough for completions.
-    """
-    sizes = {"train": config.task.num_train_problems, "test": config.task.num_eval_problems}
-    problems = render_prompts(
-        task.problems(split, sizes[split]), tokenizer, config.task.prompt_format
-    )
-    gold = tokenizer([p.completion for p in problems], add_special_tokens=False)["input_ids"]
-    shortest = min(map(len, gold)) + 1  # and the end of text
-    if shortest > config.task.max_completion_tokens:
-        raise TrialError(
-            f"task.max_completion_tokens is {config.task.max_completion_tokens}, but the shortest "
-            f"{split} solution of {config.task.name} takes {shortest} tokens, so that no "
-            "completion could be right; raise it"
-        )
-    return problems
-
-
-@tells_out_of_memory("scoring")
-def _score(context: TrialContext, model: Any) -> Score:
-    """Held-out greedy score; leaves torch's random state as it was."""
-    problems = _problems(context.config, context.task, context.tokenizer, "test")
-    with _forked_random_state():
-        return evaluate(model, context.tokenizer, context.task, problems)
-
-
-@tells_out_of_memory("measuring the distance to the base")
-def _distance(context: TrialContext, base_dir: Path) -> float:
-    """KL of the model to the base on its own samples; leaves torch's random state as it was.
-
-    The samples are of the first ``NUM_DISTANCE_PROBLEMS`` test problems, drawn under the same seed
-    at every snapshot. The base is loaded anew each time, so that training holds no copy of it.
-    """
-    config, model = context.config, context.model
-    precision, was_training = config.train.precision, model.training
-    base = load_model(base_dir, precision, num_shards=context.num_shards).to(model.device).eval()
-    problems = _problems(config, context.task, context.tokenizer, "test")
-    # The trainer has wrapped the trained model in autocast, but not the base.
-    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
-    with _forked_random_state(), autocast:
-        torch.manual_seed(config.sampling_seed)
-        distance = kl_divergence(
-            model.eval(),
-            base,
-            context.tokenizer,
-            [problem.prompt for problem in problems[:NUM_DISTANCE_PROBLEMS]],
-            max_new_tokens=context.task.max_completion_tokens,
-        )
-    model.train(was_training)
-    return distance
-
-
-def _forked_random_state() -> contextlib.AbstractContextManager[None]:
-    """Within it, torch's random numbers are drawn without effect on those drawn after it."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    return torch.random.fork_rng(devices=devices)
-
-
-def _score_stored(context: TrialContext, base_dir: Path) -> Score | None:
-    """Score of the base as it is stored, where the trainer's autocast may score it otherwise."""
-    if context.config.train.precision != "bf16-mixed":
-        return None
-    stored = load_model(base_dir, "bf16", num_shards=context.num_shards)
-    return _score(context, stored.to(context.model.device))
-
-
-def _write_tables(probe: Probe, trial_id: str, out_dir: Path) -> None:
+def _write_tables(probe: Probe, validation: Score | None, trial_id: str, out_dir: Path) -> None:
     """Write ``steps.parquet`` and ``eval.parquet``."""
     rows = [{"trial_id": trial_id, **row} for _, row in sorted(probe.rows.items())]
     tables.write(tables.from_rows(rows, "steps"), "steps", out_dir / "steps.parquet")
-    scores: list[dict[str, Any]] = [
-        {
-            "trial_id": trial_id,
-            "step": step,
-            "split": "test",
-            "num_correct": score.num_correct,
-            "num_problems": score.num_problems,
-            "score": score.fraction,
-            "gain_se": score.gain_se(probe.scores[0]) if step else None,
-        }
-        for step, score in sorted(probe.scores.items())
-    ]
-    tables.write(tables.from_rows(scores, "eval"), "eval", out_dir / "eval.parquet")
+    last = probe.config.train.num_steps
+    scored = scoring.eval_rows(trial_id, probe.scores, validation, last)
+    tables.write(tables.from_rows(scored, "eval"), "eval", out_dir / "eval.parquet")
 
 
 def identity(

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -239,6 +240,30 @@ def test_cost_is_estimated_for_every_algorithm_and_task() -> None:
     assert seconds("sft", longer) == pytest.approx(seconds("sft") * (48 + 16) / 18, rel=1e-9)
     data = {"name": "dataset", "source": "a.csv", "max_completion_tokens": 128}
     assert seconds("grpo", data) == pytest.approx(seconds("grpo") * 256 / 18, rel=1e-9)
+
+
+def test_validation_counts_once_in_time_and_as_the_test_score_in_memory() -> None:
+    few, many = (parts_of_score(num_validation_problems=n) for n in (16, 200))
+    assert few == parts_of_score()
+    assert many == parts_of_score(num_eval_problems=200)
+    assert parts_of_score(num_validation_problems=2000) == parts_of_score(num_eval_problems=256)
+    once = 2.0 * 64 * (12 + 6) * 1e6 / 2e10
+    found = seconds("sft", {"num_validation_problems": 64}) - seconds("sft")
+    assert found == pytest.approx(once, rel=1e-6)
+
+
+def parts_of_score(**task: object) -> dict[str, int]:
+    """Memory of a trial that peaks while it scores, over a vocabulary that outweighs all else."""
+    config = TrialConfig.model_validate(
+        {
+            "algorithm": {"name": "sft"},
+            "task": {"num_eval_problems": 32, "max_completion_tokens": 1, **task},
+            "train": {"num_steps": 1, "batch_size": 1, "precision": "fp32"},
+        }
+    )
+    memory = trial_memory(config, replace(SIZE, vocabulary=0, kv=10_000, tensors=SIZE.tensors))
+    assert memory.moment == "score"
+    return memory.parts
 
 
 def test_several_workers_share_batches_and_under_fsdp_weights():

@@ -33,7 +33,7 @@ PROBE = {
 
 
 def config(name: str, mask: object = None, **algorithm: object) -> TrialConfig:
-    task = {"num_train_problems": 32, "num_eval_problems": 16}
+    task = {"num_train_problems": 32, "num_eval_problems": 16, "num_validation_problems": 8}
     probe = PROBE if name == "sft" else {}
     return TrialConfig.model_validate(
         {
@@ -131,6 +131,7 @@ def test_two_workers_follow_the_trajectory_of_one(together, alone, strategy, nam
         for j in (one, two)
     ]
     assert scores[0] == scores[1]
+    assert len(scores[0]) == 3  # before, after, on validation
     summaries = [json.loads((j.of(0) / "summary.json").read_text()) for j in (one, two)]
     assert summaries[0]["gate_ratio"] == summaries[1]["gate_ratio"]
 

@@ -45,7 +45,7 @@ def test_trial_id_is_the_hash_of_what_determines_the_bits():
         "algorithm": json.loads(SftConfig().model_dump_json()),
         "probe": {"score_snapshots": True, "snapshots": []},
         "seed": 7,
-        "task": json.loads(ChainSumConfig().model_dump_json()),
+        "task": json.loads(ChainSumConfig().model_dump_json(exclude={"num_validation_problems"})),
         "train": json.loads(TrainConfig().model_dump_json(exclude={"mask"})),
     }
     identity = {
@@ -93,6 +93,7 @@ OTHER: dict[str, object] = {
     "casts": True, "update_interval": 2,
     # tasks
     "num_shots": 1, "num_train_problems": 700, "num_eval_problems": 300,
+    "num_validation_problems": 32,
     "max_completion_tokens": 7, "prompt_format": "chat", "num_terms": 4, "num_digits": 3,
     "operators": "+", "max_value": 30, "subset": "main",
     "split": "test", "test_split": "test", "prompt_column": "q", "answer_column": "a",

@@ -93,6 +93,17 @@ def test_each_phase_has_its_remedy(error: BaseException, phase: str, remedy: str
     assert raised.value.__context__ is None  # it would hold the frames, and their tensors
 
 
+def test_the_larger_of_what_is_scored_is_to_be_lowered() -> None:
+    task = CONFIG.task.model_copy(update={"num_validation_problems": 600})
+
+    @tells_out_of_memory("scoring")
+    def work(config: TrialConfig) -> None:
+        raise MemoryError
+
+    with pytest.raises(TrialError, match=r"lower task\.num_validation_problems 600 \(256 are"):
+        work(CONFIG.model_copy(update={"task": task}))
+
+
 def test_other_errors_stay_as_they_are() -> None:
     @tells_out_of_memory("training")
     def work(config: TrialConfig) -> None:

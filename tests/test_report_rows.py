@@ -552,6 +552,7 @@ def test_effects_are_shown_back_on_a_readable_scale(given):
     assert sft["shown_high"] == pytest.approx(0.1652988882, rel=1e-9, abs=0)
     assert (sft["estimate"], gain["shown"]) == (-2.0, 0.02)
     assert [is_primary(r["response"]) for r in rows] == [True] * 5 + [False]
+    assert (is_primary("score_after"), is_primary("score_validation")) == (True, False)
 
 
 def test_p_of_the_interval_stands_before_an_exact_p_at_its_floor():

@@ -49,6 +49,22 @@ def test_responses_by_hand() -> None:
     assert scales == ["log_odds", "identity", "log", "log_odds", "identity"]
 
 
+def test_validation_scores_are_of_the_last_step_and_of_their_own_problems() -> None:
+    of_seed = {0: 0.75, 1: None}
+    made = make_tables(
+        trials_of(make_study(seeds=[0, 1])), lambda t: 0.2,
+        more=lambda t: {
+            "score_validation": of_seed[t.config.seed], "num_validation_problems": 64,
+        },
+    )  # fmt: skip
+    frame = responses.responses(*made, "stored")
+    ours = frame[frame["response"] == "score_validation"]
+    columns = ["step", "value", "numerator", "n", "last"]
+    assert ours[columns].to_numpy().tolist() == [[20, 0.75, 48, 64, True]]
+    np.testing.assert_allclose(responses.scaled(ours), np.log(48.5 / 16.5))
+    assert responses.scale_of("score_validation") == "log_odds"
+
+
 def test_a_kl_of_zero_or_less_has_no_log() -> None:
     kl = {0: 0.0, 1: -0.001, 2: 0.01}
     made = make_tables(

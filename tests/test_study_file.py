@@ -353,6 +353,95 @@ def test_new_kinds_are_checked_before_training(tmp_path, claim, said):
     assert said in str(raised.value)
 
 
+TUNED_GRID = (
+    with_factors(
+        "  algorithm.kl_coef: [0.0, 0.04]\n  train.max_grad_norm: [null, 1.0]",
+        "controls: [lr_times_3]",
+    )
+    .partition("claims:")[0]
+    .replace("baseline:\n", "baseline:\n  task: {num_validation_problems: 8}\n")
+)
+SIDES = "kind: greater, a: {train.max_grad_norm: 1.0}, b: {train.max_grad_norm: null}"
+TUNE = "tune: algorithm.kl_coef, tuning_seeds: [0]"
+
+
+def test_sides_may_be_tuned(tmp_path):
+    recovers = ("kind: recovers, a: {train.max_grad_norm: 1.0}, b: {train.max_grad_norm: null, "
+                "seed: 0}, random: {train.max_grad_norm: null, seed: 1}, "
+                "tune: algorithm.kl_coef, tuning_seeds: []")  # fmt: skip
+    claims = f"claims:\n  - {{id: c, {SIDES}, {TUNE}}}\n"
+    claims += "  - {id: d, kind: within, response: score_validation, low: 0.1, high: 0.2}\n"
+    study = load(tmp_path, TUNED_GRID + claims)
+    first = study.claims[0]
+    assert (first.tune, first.tuning_seeds) == ("algorithm.kl_coef", (0,))
+    assert first.compared == ("train.max_grad_norm", "train.max_grad_norm", "algorithm.kl_coef")
+    assert study.baseline.task.num_validation_problems == 8
+    with pytest.raises(ConfigError, match="tune and tuning_seeds go together"):
+        load(tmp_path, f"{TUNED_GRID}claims:\n  - {{id: c, {recovers}}}\n")
+
+
+@pytest.mark.parametrize(
+    ("claim", "said"),
+    [
+        (f"{SIDES}, tune: algorithm.kl_coef",
+         "tune and tuning_seeds go together: the factor whose level is chosen, and the seeds"),
+        (f"{SIDES}, tuning_seeds: [0]", "tune and tuning_seeds go together"),
+        (f"{SIDES}, tuning_seeds: [0], tune: algorithm.kl_coeff",
+         "late: tune names the factor algorithm.kl_coeff, which this study does not vary; did you "
+         "mean algorithm.kl_coef?"),
+        (f"{SIDES}, tuning_seeds: [0], tune: train.learning_rate",
+         "late: tune names the factor train.learning_rate, which this study does not vary"),
+        (f"{SIDES}, tune: algorithm.kl_coef, tuning_seeds: [0, 7, 9]",
+         "late: tuning_seeds 7, 9: no such seeds; those of a: 0, 1"),
+        ("kind: greater, a: {seed: 0}, b: {seed: 1}, " + TUNE,
+         "late: tuning_seeds 0: no such seeds; those of b: 1"),
+        (f"{SIDES}, {TUNE}, where: {{algorithm.kl_coef: 0.0}}",
+         "late: where fixes algorithm.kl_coef, which the claim tunes; leave algorithm.kl_coef out"),
+        ("kind: greater, a: {algorithm.kl_coef: 0.0}, b: {algorithm.kl_coef: 0.04}, " + TUNE,
+         "late: a fixes algorithm.kl_coef, which the claim tunes; leave algorithm.kl_coef out"),
+        (f"kind: monotone, factor: algorithm.kl_coef, direction: increasing, {TUNE}",
+         "unknown key claims.0.tune"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_tuned_is_refused(tmp_path, claim, said):
+    text = f"{TUNED_GRID}claims:\n  - {{id: late, {claim}}}\n"
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path, text)
+    line = text.splitlines().index(f"  - {{id: late, {claim}}}") + 1
+    assert str(raised.value).startswith(f"{tmp_path / 'why.yaml'}:{line}: ")
+    assert said in str(raised.value)
+
+
+def test_each_error_of_tuning_names_its_own_line(tmp_path):
+    keys = ["id: late", *SIDES.split(", "), "tune: algorithm.kl_coef", "tuning_seeds: [3]"]
+    text = f"{TUNED_GRID}claims:\n  - " + "\n    ".join(keys) + "\n"
+    for old, line in (("tuning_seeds: [3]", "tuning_seeds: [3]"),
+                      ("tune: algorithm.kl_coef", "tune: train.seed")):  # fmt: skip
+        text = text.replace(old, line)
+        with pytest.raises(ConfigError) as raised:
+            load(tmp_path, text)
+        place = text.splitlines().index(f"    {line}") + 1
+        assert str(raised.value).startswith(f"{tmp_path / 'why.yaml'}:{place}: ")
+
+
+@pytest.mark.parametrize(
+    ("claim", "field"),
+    [
+        (f"{SIDES}, {TUNE}", "tune"),
+        (f"{SIDES}, response: score_validation", "response"),
+        ("kind: associated, on: score_validation", "on"),
+    ],
+)
+def test_validation_scores_need_validation_problems(tmp_path, claim, field):
+    text = f"{GRID}claims:\n  - {{id: late, {claim}}}\n"
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path, text)
+    said = f"late: {field} asks for validation scores, which the runs of "
+    assert said in str(raised.value)
+    assert "set task.num_validation_problems" in str(raised.value)
+    load(tmp_path, TUNED_GRID + text.removeprefix(GRID))
+
+
 def test_surrogates_may_be_a_control_or_a_factor(tmp_path):
     claim = "claims:\n  - {id: late, kind: above_null, null: surrogate}\n"
     load(tmp_path, GRID.replace("lr_times_3", "random_reward") + claim)

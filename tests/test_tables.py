@@ -116,3 +116,16 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "claims.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(TableError, match=r"claims at .*claims\.parquet is damaged .* delete it"):
         tables.read(tmp_path / "claims.parquet", "claims")
+
+
+def test_a_trial_that_ended_before_there_was_validation_has_none(tmp_path):
+    rows = [{"trial_id": "a", "status": "finished", "score_after": 0.5}]
+    new = ["score_validation", "num_validation_problems"]
+    earlier = tables.from_rows(rows, "trials").drop_columns(new)
+    assert earlier.schema.metadata == {b"rlsparse_schema": b"3"}
+    pq.write_table(earlier, tmp_path / "trials.parquet")
+    read = tables.read(tmp_path / "trials.parquet", "trials")
+    assert read.column_names == tables.SCHEMAS["trials"].names
+    assert read.select(["score_after", *new]).to_pylist() == [
+        {"score_after": 0.5, "score_validation": None, "num_validation_problems": None}
+    ]

@@ -2,7 +2,8 @@
 
 The unit is the seed (runs that share one are averaged first); fractions are compared as log odds,
 densities and KL as log ratios, overlaps as log(observed / expected); the interval is Student's t.
-Which interval decides what is in ``rules``. Fewer than four seeds decide nothing.
+Which interval decides what is in ``rules``. Fewer than four seeds decide nothing. Sides may be
+tuned first, on validation scores at seeds of their own (``tuning``).
 
 Multiplicity: Holm over all claims but ``exact`` ones, undecidable ones counted as p = 1. A claim's
 p value is the level at which it would just be decided, so that a verdict is reached exactly if the

@@ -18,12 +18,12 @@ from rlsparse.claim_config import (
     Claim,
     EquivalentClaim,
     ExactClaim,
-    GreaterClaim,
     InteractionClaim,
     MonotoneClaim,
     OverlapClaim,
     RecoversClaim,
     ReproducesClaim,
+    SidesClaim,
     WithinClaim,
 )
 from rlsparse.claims.contrasts import (
@@ -41,11 +41,12 @@ from rlsparse.claims.contrasts import (
 from rlsparse.claims.equivalence import equivalent
 from rlsparse.claims.observations import Observations, Response
 from rlsparse.claims.overlap_evidence import Ends, overlap_evidence, overlap_pairs
+from rlsparse.claims.tuning import Tuned, tuned
 from rlsparse.effects import selection
 from rlsparse.effects.responses import Scale, scale_of
 from rlsparse.effects.selection import Pair
 from rlsparse.identity import canonical_json
-from rlsparse.levels import level_label, tags_of
+from rlsparse.levels import ordered_labels, tags_of
 from rlsparse.statistics import Floats
 from rlsparse.study import MIN_SEEDS
 
@@ -66,12 +67,14 @@ class Design(NamedTuple):
         groups: matched runs of any status; of ``associated`` single runs.
         pairs: of overlap claims.
         obstacles: why there is nothing to compare.
+        remarks: how the runs were chosen.
     """
 
     selected: pd.DataFrame
     groups: Groups
     pairs: Sequence[Ends] = ()
     obstacles: tuple[Obstacle, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 # --- which runs --------------------------------------------------------------------------------
@@ -89,17 +92,26 @@ def design(seen: Observations, claim: Claim) -> Design:
         return Design(selected, {}, overlap_pairs(seen, claim))
     if isinstance(claim, EquivalentClaim | MonotoneClaim | InteractionClaim):
         return _of_levels(seen, claim, selected)
-    if isinstance(claim, GreaterClaim):
-        tags = tags_of(*claim.compared) if set(claim.a) == set(claim.b) else []
-        pairs = selection.matched_pairs(sides["a"], sides["b"], claim.compared, tags, PLANNED)
-        apart = selection.apart(selected, tags, pairs)
-        return Design(selected, {name: {name: _items(of)} for name, of in apart.items()})
-    if isinstance(claim, RecoversClaim):
-        return Design(selected, {"{}": _against_random(claim, sides)})
+    if isinstance(claim, SidesClaim):
+        return _of_sides(claim, tuned(seen.study, claim, sides))
     runs = selected
     columns = zip(runs["trial_id"], runs["seed"], runs["cell"], strict=True)
     alone = [Item(int(seed), canonical_json(cell), (trial,)) for trial, seed, cell in columns]
     return Design(selected, {"{}": {"{}": alone}})
+
+
+def _of_sides(claim: SidesClaim, found: Tuned) -> Design:
+    """``a`` against the other sides, each at its tuned level if it is tuned."""
+    sides, groups = found.sides, {}
+    selected = pd.concat(sides.values()).drop_duplicates("trial_id")
+    if isinstance(claim, RecoversClaim):
+        groups = {"{}": _against_random(claim, sides)}
+    else:
+        tags = tags_of(*claim.a, *claim.b) if set(claim.a) == set(claim.b) else []
+        pairs = selection.matched_pairs(sides["a"], sides["b"], claim.compared, tags, PLANNED)
+        apart = selection.apart(selected, tags, pairs)
+        groups = {name: {name: _items(of)} for name, of in apart.items()}
+    return Design(selected, groups, obstacles=found.obstacles, remarks=found.remarks)
 
 
 def _items(pairs: Sequence[Pair]) -> list[Item]:
@@ -173,12 +185,9 @@ def _of_levels(
 
 
 def _present(seen: Observations, runs: pd.DataFrame, factor: str) -> list[str]:
-    """Labels of a factor's levels that the runs have: by number if all are, else as listed."""
-    listed = seen.study.factors[factor]
-    numbers = [x for x in listed if isinstance(x, int | float) and not isinstance(x, bool)]
-    ordered = sorted(numbers) if len(numbers) == len(listed) else listed
+    """Labels of a factor's levels that the runs have, in order."""
     there = {cell[factor] for cell in runs["cell"]}
-    return [label for label in dict.fromkeys(map(level_label, ordered)) if label in there]
+    return [label for label in ordered_labels(seen.study.factors[factor]) if label in there]
 
 
 def _differences(
@@ -229,7 +238,7 @@ def evidence(
         Contrasts on ``scale``; of overlap claims log(observed / expected).
     """
     if found.obstacles or isinstance(claim, ExactClaim):
-        return Evidence(obstacles=found.obstacles)
+        return Evidence(obstacles=found.obstacles, remarks=found.remarks)
     if isinstance(claim, OverlapClaim):
         return overlap_evidence(seen, claim, response, found.pairs)
     reader = Reader(seen, response, claim.at, scale, claim.compared, missing)
@@ -241,7 +250,8 @@ def evidence(
     if isinstance(claim, WithinClaim | ReproducesClaim):
         return contrast(reader, each["{}"])
     names = {label: "" if label == "{}" else label for label in each}
-    return joined({k: contrast(reader, items, names[k]) for k, items in each.items()})
+    read = joined({k: contrast(reader, items, names[k]) for k, items in each.items()})
+    return read._replace(remarks=(*found.remarks, *read.remarks))
 
 
 def _associated(reader: Reader, claim: AssociatedClaim, items: Sequence[Item]) -> Evidence:

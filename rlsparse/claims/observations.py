@@ -25,7 +25,7 @@ NAN = float("nan")
 class Response(NamedTuple):
     """A claim's response, taken apart.
 
-    ``kind`` is sparsity, overlap, score_after, score_gain, kl_final, failed or
+    ``kind`` is sparsity, overlap, score_after, score_gain, score_validation, kl_final, failed or
     identical_replicates.
     """
 

@@ -31,7 +31,7 @@ from rlsparse.claim_config import (
 from rlsparse.claims.contrasts import Contrast, Obstacle
 from rlsparse.claims.observations import IDENTICAL, Response
 from rlsparse.definitions import DEFINITIONS
-from rlsparse.effects.responses import Scale, scale_of
+from rlsparse.effects.responses import VALIDATION, Scale, scale_of
 
 MAX_SEEDS = 200
 DEFAULT_RATIO, DEFAULT_DIFFERENCE = 1.25, 0.02
@@ -55,6 +55,7 @@ _WORDS = {
     "sparsity": "unchanged weights",
     "score_after": "solved problems",
     "score_gain": "the gain in score",
+    VALIDATION: "solved validation problems",
     "kl_final": "the KL to the base",
     "failed": "the share of failed runs",
 }
@@ -262,7 +263,7 @@ def _wrong_response(claim: Claim, response: Response) -> str:
     elif isinstance(claim, EquivalentClaim):
         kinds = ("sparsity",)
     elif isinstance(claim, RecoversClaim):
-        kinds = ("score_after", "score_gain")
+        kinds = ("score_after", "score_gain", VALIDATION)
     elif isinstance(claim, OverlapClaim):
         kinds = ("overlap",)
     known = {"sparsity": DEFINITIONS, "overlap": ("bitwise",)}.get(response.kind, (None,))

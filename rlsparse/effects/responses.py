@@ -20,7 +20,7 @@ Scale = Literal["log_odds", "log", "identity"]
 Run = pd.DataFrame | Mapping[str, npt.NDArray[Any]]
 """Result of ``snapshots``, or its columns: a study's claims read very many of them."""
 
-FAILED = "failed"
+FAILED, VALIDATION = "failed", "score_validation"
 _SCALES: dict[str, Scale] = {"score_gain": "identity", FAILED: "identity", "kl_final": "log"}
 _ENDED = {"finished": 0.0, "failed": 1.0}
 _COLUMNS = ["trial_id", "response", "step", "value", "numerator", "n", "last"]
@@ -39,17 +39,18 @@ def responses(
 
     Returns:
         One row per response, trial and step: trial_id, response
-        (``sparsity.<definition>@<view>``, ``score_after``, ``score_gain``, ``kl_final``: KL to the
-        base in nats per token; ``failed``: 1 or 0 per trial that has ended), step, value, numerator
-        and n (weights changed of all; problems solved of all; null for score_gain and kl_final),
-        last (whether the step is the trial's last). Sorted, so that the order of input rows does
-        not matter.
+        (``sparsity.<definition>@<view>``, ``score_after``, ``score_gain``, ``score_validation``: of
+        the validation split, after the last step; ``kl_final``: KL to the base in nats per token;
+        ``failed``: 1 or 0 per trial that has ended), step, value, numerator and n (weights changed
+        of all; problems solved of all; null for score_gain and kl_final), last (whether the step is
+        the trial's last). Sorted, so that the order of input rows does not matter.
     """
     runs = trials.to_pandas().set_index("trial_id")
     scores = _along(runs, steps, "score", "score_after")
     kl = _along(runs, steps, "kl_base", "kl_final")
-    n = scores["trial_id"].map(runs["num_eval_problems"]).astype(np.float64)
-    scores = scores.assign(n=n, numerator=(scores["value"] * n).round())
+    scores = _counted(scores, runs["num_eval_problems"])
+    validation = runs.reset_index()[["trial_id", "num_steps", VALIDATION]].dropna()
+    validation = validation.set_axis(["trial_id", "step", "value"], axis=1)
     before = scores["trial_id"].map(runs["score_before"]).astype(np.float64)
     gain = scores.assign(value=scores["value"] - before, numerator=np.nan, n=np.nan)
     end = runs.index.to_series().map(runs["num_steps"]).astype(np.float64)
@@ -60,6 +61,7 @@ def responses(
             *_sparsities(changes),
             scores.assign(response="score_after"),
             gain.assign(response="score_gain"),
+            _counted(validation, runs["num_validation_problems"]).assign(response=VALIDATION),
             kl.assign(response="kl_final"),
             failures.assign(response=FAILED, numerator=failed, n=1.0),
         ]
@@ -72,6 +74,12 @@ def responses(
     frame = frame.sort_values(["later", "response", "trial_id", "step"], ignore_index=True)
     result: pd.DataFrame = frame[_COLUMNS]
     return result
+
+
+def _counted(scores: pd.DataFrame, num_problems: pd.Series) -> pd.DataFrame:
+    """Scores with the problems that they are of (n) and those solved (numerator), by trial."""
+    n = scores["trial_id"].map(num_problems).astype(np.float64)
+    return scores.assign(n=n, numerator=(scores["value"] * n).round())
 
 
 def _sparsities(changes: pa.Table) -> list[pd.DataFrame]:
@@ -112,9 +120,9 @@ def scale_of(response: str) -> Scale:
 def scaled(frame: pd.DataFrame) -> Floats:
     """Values of rows of ``responses`` on the scale of their contrasts, see ``scale_of``.
 
-    Log odds of sparsity and of score_after (nan where the number of problems is not known); log of
-    kl_final (nan where it is not above 0, as a sampled KL may be); score_gain and failed as they
-    are.
+    Log odds of sparsity, score_after and score_validation (nan where the number of problems is not
+    known); log of kl_final (nan where it is not above 0, as a sampled KL may be); score_gain and
+    failed as they are.
     """
     values = frame["value"].to_numpy(np.float64)
     sign = np.where(frame["response"].str.startswith("sparsity."), -1.0, 1.0)

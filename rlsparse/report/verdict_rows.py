@@ -8,6 +8,7 @@ from operator import itemgetter
 from scipy.special import stdtr, stdtrit
 
 from rlsparse.effects.overlap_effects import OTHER_SEED
+from rlsparse.effects.responses import VALIDATION
 from rlsparse.report.rows import Row, Tables, parsed, rows_of
 
 _LIFT = "observed / expected"
@@ -130,8 +131,9 @@ def _tests(row: Row) -> Row:
 
 
 def is_primary(response: str) -> bool:
-    """Whether a response is not one of the other definitions of unchanged."""
-    return not response.startswith("sparsity.") or response.startswith(PRIMARY)
+    """Whether a response is neither another definition of unchanged nor what tunes runs."""
+    is_other = response.startswith("sparsity.") and not response.startswith(PRIMARY)
+    return not is_other and response != VALIDATION
 
 
 def _rank(response: str) -> int:

@@ -24,9 +24,9 @@ class DatasetTask:
 
     Of rows with one prompt (but for blanks around it) the first is kept. With ``test_source`` or
     ``test_split``, train and test are as given, but a prompt that is in both is left out of train,
-    with a warning; there is no validation split. Else a row belongs to a split by the sha256 of
-    its prompt (train .75, validation .08, test .17). The order is that of the hashes. The last
-    ``num_shots`` rows of train are not in it: they are the pretrain split, and the shots.
+    with a warning; no problem is of the validation split. Else a row belongs to a split by the
+    sha256 of its prompt (train .75, validation .08, test .17). The order is that of the hashes. The
+    last ``num_shots`` rows of train are not in it: they are the pretrain split, and the shots.
     """
 
     def __init__(self, config: DatasetConfig) -> None:
@@ -60,10 +60,18 @@ class DatasetTask:
         config = self.config
         splits = _splits(config, stamp(config.source), stamp(config.test_source or config.source))
         if count is not None and count > len(splits[split]):
+            remedy = (
+                "add rows, or set task.num_train_problems, task.num_validation_problems or "
+                "task.num_eval_problems lower"
+            )
+            if split == "validation" and (config.test_source or config.test_split):
+                remedy = (
+                    "none are set apart where task.test_source or task.test_split holds the test "
+                    "problems: leave these out, or set task.num_validation_problems to 0"
+                )
             raise ConfigError(
                 f"{shown(config.source)} has {len(splits[split])} distinct {split} problems, "
-                f"{count} were asked for; add rows, or set task.num_train_problems or "
-                "task.num_eval_problems lower"
+                f"{count} were asked for; {remedy}"
             )
         return with_shots(splits[split][:count], splits["pretrain"])
 
