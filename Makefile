@@ -49,6 +49,7 @@ bench: venv
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_aggregate.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_trial.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_probe.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_workers.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_report.py
 	$(BIN)/python tests/benchmarks/bench_subnetwork.py --layers 4 --vocabulary 8192 --rounds 3
 	$(BIN)/python tests/benchmarks/bench_gpu.py

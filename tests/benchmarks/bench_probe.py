@@ -5,11 +5,12 @@ is given, with each algorithm the part that trains is timed: with the probe it a
 snapshots as patches, measures the sparsity of every step and keeps the mask of all that ever
 changed, and writes that at its end. Scores and divergences, which cost what their problems cost,
 are taken in neither. ``--probe`` adds what else is to be priced. Prints the median of the ratios of
-the pairs, and their range, and what the probe says that its parts took. A base of 135M weights, in
-fewer steps than its study:
+the pairs, in which either goes first in turn, and their range, and what the probe says that its
+parts took. The rest of the difference is the allocator's, which gives memory back to the system at
+other moments (glibc; page faults). A base of 135M weights, in fewer steps than its study:
 
     python tests/benchmarks/bench_probe.py --study ablations/smollm2_quickstart.yaml --pairs 2 \\
-        --algorithms sft grpo --train '{"num_steps": 3}'
+        --algorithms sft grpo --train '{"num_steps": 8}'
 """
 
 import argparse
@@ -101,10 +102,13 @@ def main() -> None:
         )
         base_fingerprint = fingerprint(Checkpoint.open(resolve(config.model)))
         with_probe, without, parts = list[float](), list[float](), dict[str, float]()
-        for _ in range(options.pairs + 1):  # the first pair warms caches up
-            measured, parts = cpu_seconds(config, probe_with=base_fingerprint)
-            with_probe.append(measured)
-            without.append(cpu_seconds(config, probe_with=None)[0])
+        for number in range(options.pairs + 1):  # the first pair warms caches up
+            for is_probed in (True, False) if number % 2 else (False, True):
+                if is_probed:
+                    measured, parts = cpu_seconds(config, probe_with=base_fingerprint)
+                    with_probe.append(measured)
+                else:
+                    without.append(cpu_seconds(config, probe_with=None)[0])
         ratios = [a / b for a, b in zip(with_probe[1:], without[1:], strict=True)]
         print(
             f"{name:5}  with {statistics.median(with_probe[1:]):6.2f} s  "
