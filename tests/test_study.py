@@ -13,7 +13,9 @@ from rlsparse.study_file import load_study
 from rlsparse.task_config import ChainSumConfig, ProductsConfig, SimpleEquationsConfig
 
 ABLATIONS = Path(__file__).parents[1] / "ablations"
-NUM_TRIALS = {"algorithm": 68, "quickstart": 22, "smoke": 40, "smollm2_quickstart": 4}
+NUM_TRIALS = {
+    "algorithm": 68, "quickstart": 22, "smoke": 40, "smollm2_quickstart": 4, "subnetwork": 361,
+}  # fmt: skip
 
 
 def trials_of(study: Study) -> list[Trial]:
