@@ -138,8 +138,8 @@ def set_state(one, other) -> None:
 def assert_near(own, expected, *before: torch.Tensor) -> None:
     """NaNs and infinities alike, else 2 ULP of the largest of the values before and after.
 
-    Of one in 2000 it may be 4, and only where the change outweighs the value: torch's square roots
-    (MKL) are not always those that are nearest.
+    It may be 8 where the change outweighs the value: torch's square roots (MKL) are not always
+    those that are nearest, on some processors one in five is the next one.
     """
     own, expected = own.detach().float(), expected.detach().float()
     assert torch.equal(own.isnan(), expected.isnan())
@@ -149,13 +149,22 @@ def assert_near(own, expected, *before: torch.Tensor) -> None:
     ulp = (largest.nextafter(torch.tensor(torch.inf)) - largest).double()
     off = (own.double() - expected.double()).abs() / ulp.nan_to_num(posinf=2.0**104)
     off = off[expected.isfinite()]
-    assert (off == 0).float().mean() > 0.95
-    assert (off > 2).float().mean() < 1 / 2000
-    assert off.max() <= 4
+    assert off.max() <= 8
     is_outweighed = torch.ones_like(infinite)
     for one in before:
         is_outweighed &= (expected - one).abs() >= one.abs() / 2
     assert not (off > 2)[~is_outweighed[expected.isfinite()]].any()
+
+
+def assert_same(own, expected, *before: torch.Tensor) -> None:
+    """Equal, NaNs too; the sign of a zero may differ."""
+    own, expected = own.detach(), expected.detach()
+    assert torch.equal(own.isnan(), expected.isnan())
+    assert torch.equal(own.nan_to_num(0.5), expected.nan_to_num(0.5))
+
+
+def nearest_roots(self: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.sqrt(self.detach().numpy()))
 
 
 RULES = [
@@ -172,8 +181,18 @@ RULES = [
     ("dtype", "in_fp32"), [(torch.float32, "masters"), (NARROW, "masters"), (NARROW, "moments")]
 )
 @pytest.mark.parametrize(("ours", "settings"), RULES)
-def test_a_step_stays_within_two_ulp_of_torch(ours, settings, dtype, in_fp32, form):
-    """Each step begins with the same weight and state; gradients up to infinity and NaN."""
+@pytest.mark.parametrize("roots", ["nearest", "torch"])
+def test_a_step_stays_within_two_ulp_of_torch(
+    ours, settings, dtype, in_fp32, form, roots, monkeypatch
+):
+    """Each step begins with the same weight and state; gradients up to infinity and NaN.
+
+    Where torch has the nearest square roots, as the kernels do, the values are torch's.
+    """
+    near = assert_near
+    if roots == "nearest":
+        monkeypatch.setattr(torch.Tensor, "sqrt", nearest_roots)
+        near = assert_same
     size = 20_011
     reference, mine = pair(ours, size, form, dtype, in_fp32, settings)
     inside = torch.from_numpy(chosen(size, form))
@@ -193,7 +212,7 @@ def test_a_step_stays_within_two_ulp_of_torch(ours, settings, dtype, in_fp32, fo
         packed = gradient[inside]
         for name in expected.keys() - {"step", "master"}:
             # The first moment may be a small difference of large numbers.
-            assert_near(state[name], expected[name], *([packed] if name != "exp_avg_sq" else []),
+            near(state[name], expected[name], *([packed] if name != "exp_avg_sq" else []),
                         *([old[name]] if name in old else []))  # fmt: skip
         outside = ~inside
         assert torch.equal(bits_of(mine[0])[outside], bits_of(before[1])[outside])
@@ -201,7 +220,7 @@ def test_a_step_stays_within_two_ulp_of_torch(ours, settings, dtype, in_fp32, fo
             master = state["master"] if dtype is NARROW else mine[0][inside]
             same = expected["master"] if dtype is NARROW else reference[0][inside]
             was = old.get("master", before[0][inside])
-            assert_near(master, same, was)
+            near(master, same, was)
             if dtype is NARROW:
                 assert torch.equal(mine[0][inside].isnan(), master.isnan())
                 rounded = master.to(NARROW).nan_to_num(0.5)

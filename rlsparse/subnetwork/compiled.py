@@ -1,8 +1,9 @@
 """Updates by the compiled kernels of ``kernels.packing``, one pass over weights and state.
 
-They compute what torch does, operation by operation, and stay within 2 fp32 ULP of the larger of
-the values before and after; rarely 4 where the step outweighs the weight, since torch's square
-roots (MKL) are not always the nearest.
+They compute what torch does, operation by operation, and give the same values but for what follows
+from torch's square roots (MKL), which are not always the nearest: on some processors one in five
+is the next one. That is within 2 fp32 ULP of the larger of the values before and after; up to 8,
+rarely, where the step outweighs the weight.
 """
 
 from collections.abc import Callable
