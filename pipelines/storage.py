@@ -171,7 +171,7 @@ class Storage:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file, all or nothing."""
-        text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        text = json.dumps(value, indent=2, allow_nan=False) + "\n"
         self.write_bytes(name, text.encode())
 
     def delete(self, name: str) -> None:

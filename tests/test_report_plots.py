@@ -39,7 +39,7 @@ def cell(group, algorithm="grpo", role="factor", **changes):
 
 def test_styles_differ_as_long_as_there_are_any_and_neighbours_differ_twice():
     styles = [svg.style(i) for i in range(svg.NUM_STYLES)]
-    assert len(set(styles)) == svg.NUM_STYLES == 36
+    assert len(set(styles)) == svg.NUM_STYLES == 54
     for one, other in itertools.pairwise(styles):
         assert one.colour != other.colour
         assert one.shape != other.shape
@@ -66,6 +66,7 @@ def test_scales_map_values_to_shares(scale, value, share):
         (svg.Scale(0, 1), [0, 0.25, 0.5, 0.75, 1.0]),
         (svg.Scale(0.9, 3.4, log=True), [1, 1.5, 2, 3]),
         (svg.Scale(0.5, 2000, log=True), [1, 10, 100, 1000]),
+        (svg.Scale(1e-4, 2e9, log=True), [1e-3, 1, 1e3, 1e6, 1e9]),
         (svg.Scale(1.11, 1.13, log=True), [1.11, 1.115, 1.12, 1.125, 1.13]),
         (svg.Scale(0.07, 0.93), [0.25, 0.5, 0.75]),
     ],

@@ -27,6 +27,9 @@ SHAPES = (
     "M0-5.8L5.8 0L0 5.8L-5.8 0z",
     "M0 5.4L5.2-4H-5.2z",
     "M-1.7-5.1h3.4v3.4h3.4v3.4h-3.4v3.4h-3.4v-3.4h-3.4v-3.4h3.4z",
+    "M-4.8-4.8h9.6L-4.8 4.8h9.6z",
+    "M0-5.2L4.5-2.6V2.6L0 5.2L-4.5 2.6V-2.6z",
+    "M0-2l3-3l2 2l-3 3l3 3l-2 2l-3-3l-3 3l-2-2l3-3l-3-3l2-2z",
 )
 """Outlines of the marks, around the origin."""
 NUM_COLOURS = 6
@@ -140,6 +143,9 @@ class Scale:
                 inside = [v for v in found if self.low <= v * (1 + 1e-9) and v <= self.high]
                 if 2 <= len(inside) <= count:
                     return inside
+            stride = -(-len(inside) // count)
+            if stride > 1:  # each second or third decade, ...
+                return [10.0**d for d in decades if 10.0**d in inside and d % stride == 0]
         values = MaxNLocator(count - 1, steps=[1, 2, 2.5, 5, 10]).tick_values(self.low, self.high)
         margin = 1e-9 * (self.high - self.low)
         return [float(v) for v in values if self.low - margin <= v <= self.high + margin]

@@ -67,8 +67,17 @@ def test_what_was_registered_and_dropped_is_told(storage: Storage) -> None:
         "registered, but not asked in the same words any more: seeds",
     ]
     found = record.registration(storage, study(claims=[]), [0, 1])
-    assert (found.standing, found.dropped, found.num_dropped) == ({}, ("seeds", "zero"), 1)
+    assert (found.standing, found.dropped, found.num_dropped) == ({}, ("zero", "seeds"), 1)
     assert record.registration(storage, study(), [0, 1]).lines() == []
+
+
+def test_factors_keep_their_order(storage: Storage) -> None:
+    """A report that is built again lists cells as the first one did."""
+    factors = {"train.learning_rate": [1e-5, 1e-4], "algorithm.kl_coef": [0.0, 0.04]}
+    write(storage, study(factors=factors), has_begun=False)
+    found, _ = record.read(storage)
+    assert isinstance(found, Study)
+    assert [*found.factors] == [*factors]
 
 
 def test_more_seeds_extend_and_fewer_are_post_hoc(storage: Storage) -> None:
