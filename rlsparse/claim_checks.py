@@ -249,6 +249,7 @@ def _check_tuning(
 ) -> None:
     """What is tuned must be a factor that no side fixes, at seeds that every side has."""
     _check_factor(study, f"claims: {claim.id}: tune", tune, (*here, "tune"))
+    left: set[int] = set()
     for side, selector in claim.sides.items():
         selected = [trial for trial in planned if trial.matches(selector, claim.varied)]
         fixed = [path for path in selector if _is_part(path, tune)]
@@ -259,12 +260,18 @@ def _check_tuning(
                 f"{fixed[0]} out of {field}"
             ).at(*here, field, fixed[0])
         seeds = sorted({int(trial.value("seed")) for trial in selected})
+        left |= {*seeds} - {*claim.tuning_seeds}
         others = [str(seed) for seed in claim.tuning_seeds if seed not in seeds]
         if others:
             raise StudyError(
                 f"claims: {claim.id}: tuning_seeds {', '.join(others)}: no such seeds; those of "
                 f"{side}: {', '.join(map(str, seeds))}"
             ).at(*here, "tuning_seeds")
+    if not left:
+        raise StudyError(
+            f"claims: {claim.id}: tuning_seeds are all seeds there are, which leaves none to "
+            "compare; leave four or more out, or add seeds"
+        ).at(*here, "tuning_seeds")
 
 
 def _check_numbers(claim: Claim, here: Location) -> None:

@@ -9,6 +9,7 @@ from planted_claims import NOISE, density, judge, kl, one, study_of, undecided
 from scipy import stats
 from test_effects import N, make_study
 
+from rlsparse.claims.words import number
 from rlsparse.study import Trial
 
 
@@ -254,6 +255,11 @@ def test_recovers_compares_scores_by_seed_with_the_best_tuned_random_mask() -> N
     assert row["p_value"] == pytest.approx(max(p_values), rel=1e-6)
     assert 'a minus random at {"train.learning_rate":"3e-05"}' in str(row["statistic"])
     assert row["estimate"] == pytest.approx(gaps.mean(), rel=1e-9)
+    which = 'a minus random at {"train.learning_rate":"3e-05"}'
+    assert str(row["note"]).startswith(
+        f"the estimate is of {which}; a minus b {number(non_inferior.mean())} ["
+    )
+    assert f", {which} {number(gaps.mean())} [" in str(row["note"])
 
 
 def score_of(score: Callable[[Trial], float], decay: float, rate: float, seed: int) -> float:

@@ -393,6 +393,8 @@ def test_sides_may_be_tuned(tmp_path):
          "late: tune names the factor train.learning_rate, which this study does not vary"),
         (f"{SIDES}, tune: algorithm.kl_coef, tuning_seeds: [0, 7, 9]",
          "late: tuning_seeds 7, 9: no such seeds; those of a: 0, 1"),
+        (f"{SIDES}, tune: algorithm.kl_coef, tuning_seeds: [1, 0]",
+         "late: tuning_seeds are all seeds there are, which leaves none to compare; leave four or more"),
         ("kind: greater, a: {seed: 0}, b: {seed: 1}, " + TUNE,
          "late: tuning_seeds 0: no such seeds; those of b: 1"),
         (f"{SIDES}, {TUNE}, where: {{algorithm.kl_coef: 0.0}}",

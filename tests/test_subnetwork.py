@@ -426,6 +426,36 @@ def test_a_run_that_is_continued_ends_with_the_same_bits(in_fp32, tmp_path):
     assert not differing(resumed, whole)
 
 
+def test_what_is_no_model_or_mask_is_refused():
+    model = tiny(NARROW)
+    mask = mask_of(model, 0.1)
+    with pytest.raises(ConfigError, match="the mask is a str; give a SubnetworkMask, as of load_"):
+        SubnetworkAdamW(model, "mask.safetensors")
+    with pytest.raises(ConfigError, match="the model is a generator; give the model itself"):
+        SubnetworkAdamW(model.parameters(), mask)
+
+
+def test_no_parameters_are_added():
+    model = tiny(NARROW)
+    optimizer = SubnetworkAdamW(model, mask_of(model, 0.1), lr=1e-3)
+    with pytest.raises(ConfigError, match="takes no further parameters"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_second_optimizer_is_told_of_the_first():
+    model = tiny(NARROW)
+    bits = dict(mask_of(model, 0.1).bits)
+    name = "model.norm.weight"
+    without = {**bits, name: (bits[name][0], np.zeros_like(bits[name][1]))}
+    one_more = {**bits, name: (bits[name][0], np.full_like(bits[name][1], 255))}
+    first = SubnetworkAdamW(model, SubnetworkMask(without), lr=1e-3)
+    with pytest.raises(ConfigError, match=r"frozen, model.norm.weight; .*release\(\) of the sub"):
+        SubnetworkAdamW(model, SubnetworkMask(one_more), lr=1e-3)
+    first.release()
+    SubnetworkAdamW(model, SubnetworkMask(one_more), lr=1e-3)
+
+
 def test_state_of_another_mask_is_refused():
     model = tiny(NARROW)
     mask, other = mask_of(model, 0.1), mask_of(model, 0.1, seed=1)
@@ -435,8 +465,11 @@ def test_state_of_another_mask_is_refused():
     with pytest.raises(CheckpointError, match=r"another in_fp32 \(masters\).*\(moments\)"):
         SubnetworkAdamW(tiny(NARROW), mask, lr=1e-3, in_fp32="moments").load_state_dict(state)
     dense = torch.optim.AdamW(model.parameters()).state_dict()
-    with pytest.raises(CheckpointError, match="another mask and in_fp32"):
+    with pytest.raises(CheckpointError, match="another mask and in_fp32 and rule"):
         SubnetworkAdamW(tiny(NARROW), mask, lr=1e-3).load_state_dict(dense)
+    rules = r"another rule \(SubnetworkAdamW\).*\(SubnetworkSGD\)"
+    with pytest.raises(CheckpointError, match=rules):
+        SubnetworkSGD(tiny(NARROW), mask, lr=1e-3).load_state_dict(state)
 
 
 # --- masks -----------------------------------------------------------------------------------

@@ -218,7 +218,7 @@ def test_the_section_says_what_the_rows_say(tmp_path):
     shown = section(text)
     assert 'href="#subnetworks"' in text
     for words in (
-        "final 11.00 % 3 52.0 % +2.0 [-7.9, +11.9] 79.00 % base 0 % 89.00 % base 50.10 %",
+        "final(cell) 11.00 % 3 52.0 % +2.0 [-7.9, +11.9] 79.00 % base 0 % 89.00 % base 50.10 %",
         "99.00 % base 99.50 % vacuous 97.90 % base 90.00 %",
         "all weights the full run all 3 50.0 %",
         f"run again: the ceiling all 1 50.0 % {NOTHING} 100 % base 0 %",
@@ -227,8 +227,8 @@ def test_the_section_says_what_the_rows_say(tmp_path):
         assert words in shown, (words, shown)
     assert shown.count("vacuous") == 1 + 4
     assert "exact" not in shown
-    assert "learning_rate" not in shown, "there is one block, which needs no name"
-    assert "all weights final random(final) grpo: loss" in shown
+    assert "learning_rate=" not in shown, "there is one block, which needs no name"
+    assert "all weights final(cell) random(final(cell)) grpo: loss" in shown
     assert content["subnetworks"] == json.loads(json.dumps(rows_of(planned())))
 
 

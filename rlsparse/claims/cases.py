@@ -99,13 +99,22 @@ class Case:
         )
         row["outcome"] = f"{named}{reading} ({where})"
         notes = ["" if self.lost and self.lost in why else self.lost, why, *self.own.remarks]
-        notes += [self._prediction(), self._bounds()]
+        notes += [self._both(alpha), self._prediction(), self._bounds()]
         floor = statistics.sign_flip_floor(num_runs)
         if verdict != UNDECIDED and p_value < floor:
             notes.append(f"rests on t: {num_runs} seeds give an exact test p {floor:g} at best")
         row |= self._robustness(verdict, alpha, notes)
         row["note"] = "; ".join(filter(None, notes))
         return row
+
+    def _both(self, alpha: float) -> str:
+        """All comparisons of a claim that recovers; the row has the numbers of one."""
+        rule, contrasts = self.rule, self.own.contrasts
+        if rule is None or len(contrasts) < 2 or not isinstance(self.claim, RecoversClaim):
+            return ""
+        level, shown = rule.coverage(alpha, len(contrasts)), contrasts[rule.decisive(contrasts)]
+        each = [f"{c.label} {interval(*_reported(rule, c, level))}" for c in contrasts]
+        return f"the estimate is of {shown.label}; {', '.join(each)}"
 
     def _verdict(self, alpha: float) -> tuple[str, str]:
         """The verdict, and why there is none."""

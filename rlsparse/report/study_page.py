@@ -324,9 +324,10 @@ def _subnetwork_figures(content: Row, series: Series) -> Row:
 
 
 def _mask_labels(rows: Sequence[Row]) -> dict[str, str]:
-    """Labels of masks, shortened where they stay apart."""
+    """Labels of masks; long ones shortened where they stay apart."""
     masks = _distinct(row["mask"] for row in rows)
-    return dict(zip(masks, short_labels(masks, MAX_LABEL), strict=True))
+    is_long = any(len(mask or "") > MAX_LABEL for mask in masks)
+    return dict(zip(masks, short_labels(masks, MAX_LABEL) if is_long else masks, strict=True))
 
 
 def _third(runs: Sequence[Row]) -> dict[bool, str]:

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from rlsparse import masks
-from rlsparse.errors import CheckpointError, TrialError
+from rlsparse.errors import CheckpointError, ConfigError, TrialError
 from rlsparse.kernels import popcount
 from rlsparse.masks import Packed
 from rlsparse.subnetwork.selection import Selection
@@ -117,6 +119,52 @@ def _check_tensor(
             f"the mask is of another model: {name} and {first} are one tied weight here, but have "
             "different bits in the mask; give both the same, or leave the former out"
         )
+
+
+def check_model(model: torch.nn.Module) -> None:
+    """Refuse wrappers that would gather dense gradients, and weights that are not whole.
+
+    Raises:
+        ConfigError: it is such a model, or none.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(
+            f"the model is a {type(model).__name__}; give the model itself, not its parameters"
+        )
+    if isinstance(model, DistributedDataParallel):
+        raise ConfigError(
+            "the model is wrapped in DistributedDataParallel, whose buckets are dense gradients; "
+            "give the model itself and train that: the optimizer averages gradients over workers"
+        )
+    if any(isinstance(weight, DTensor) for weight in model.parameters()):
+        raise ConfigError(
+            "each worker holds a part of the model (FSDP), a mask selects of whole tensors; train "
+            "a subnetwork with the whole model on each worker (strategy ddp)"
+        )
+
+
+def check_trainable(names: Mapping[torch.nn.Parameter, str]) -> None:
+    """Check that weights in a mask, with their names, can be trained as they are.
+
+    Raises:
+        ConfigError: some are frozen, or not contiguous.
+    """
+    frozen = [name for weight, name in names.items() if not weight.requires_grad]
+    strided = [name for weight, name in names.items() if not weight.is_contiguous()]
+    for what, bad, remedy in (
+        (
+            "frozen",
+            frozen,
+            "requires_grad_(True) of them, or release() of the subnetwork optimizer before this "
+            "one, whose mask has none of them",
+        ),
+        ("not contiguous", strided, "contiguous() of them"),
+    ):
+        if bad:
+            raise ConfigError(
+                f"{len(bad)} tensors in the mask are {what}, {', '.join(bad[:3])}; call {remedy}, "
+                "or take them out of the mask"
+            )
 
 
 def outside_digests(model: torch.nn.Module, mask: SubnetworkMask) -> dict[str, str]:

@@ -5,20 +5,18 @@ a mask of all weights they are those of ``torch.optim`` (neither foreach nor fus
 """
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from rlsparse import distributed
 from rlsparse.errors import CheckpointError, ConfigError, TrialError
 from rlsparse.fp32_moments import Fp32MomentAdamW, Fp32MomentSgd, restore_formats
 from rlsparse.kernels import parallel
 from rlsparse.subnetwork.compiled import MASTER, Calls, Rule, adamw, kind_of, sgd
-from rlsparse.subnetwork.mask import SubnetworkMask, check
+from rlsparse.subnetwork.mask import SubnetworkMask, check, check_model, check_trainable
 from rlsparse.subnetwork.packed import PackedGradient, compact, packed_gradient
 from rlsparse.subnetwork.selection import Selection
 
@@ -87,7 +85,11 @@ class SubnetworkOptimizer(torch.optim.Optimizer):
                 )
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ConfigError(f"max_grad_norm is {max_grad_norm}; give a positive one, or None")
-        _check_model(model)
+        check_model(model)
+        if not isinstance(mask, SubnetworkMask):
+            raise ConfigError(
+                f"the mask is a {type(mask).__name__}; give a SubnetworkMask, as of load_mask(PATH)"
+            )
         check(model, mask)
         self._selections = {
             weight: selection
@@ -95,11 +97,13 @@ class SubnetworkOptimizer(torch.optim.Optimizer):
             if (selection := mask.selection(name)) is not None
         }
         self._names = {w: n for n, w in model.named_parameters() if w in self._selections}
-        _check_trainable(self._names)
+        check_trainable(self._names)
         self._plain, self._wide, self._in_fp32 = plain, wide, in_fp32
         self._compiled, self._path = compiled, path
         self._max_grad_norm = max_grad_norm
-        self._identity = {"mask": mask.fingerprint, "in_fp32": in_fp32}
+        self._identity = {
+            "mask": mask.fingerprint, "in_fp32": in_fp32, "rule": type(self).__name__,
+        }  # fmt: skip
         self._norm: torch.Tensor | None = None
         self._has_stepped = False
         self._waiting = set(self._names.values())  # for a first gradient
@@ -115,6 +119,19 @@ class SubnetworkOptimizer(torch.optim.Optimizer):
         ]
         self.release = weakref.finalize(self, _release, hooks, list(self._names), frozen)
         self.release.atexit = False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: the mask says what is trained.
+
+        Raises:
+            ConfigError: always.
+        """
+        if hasattr(self, "release"):
+            raise ConfigError(
+                "a subnetwork optimizer trains the weights in its mask and takes no further "
+                "parameters; give those an optimizer of their own, or a mask that has them"
+            )
+        super().add_param_group(param_group)
 
     @property
     def last_grad_norm(self) -> float | None:
@@ -176,8 +193,7 @@ class SubnetworkOptimizer(torch.optim.Optimizer):
         """As in torch.
 
         Raises:
-            CheckpointError: it is the state of another mask, of other ``in_fp32``, or of another
-                optimizer.
+            CheckpointError: it is the state of another mask, ``in_fp32`` or kind of optimizer.
         """
         saved = state_dict.get("subnetwork", {})
         if others := [key for key, value in self._identity.items() if saved.get(key) != value]:
@@ -185,7 +201,7 @@ class SubnetworkOptimizer(torch.optim.Optimizer):
                 f"this optimizer state has another {' and '.join(others)} "
                 f"({', '.join(str(saved.get(key)) for key in others)}) than this optimizer "
                 f"({', '.join(self._identity[key] for key in others)}): packed state fits its own "
-                "mask alone; load the state of this run, or begin anew"
+                "mask and rule alone; load the state of this run, or begin anew"
             )
         super().load_state_dict(state_dict)
         restore_formats(self, state_dict)
@@ -339,32 +355,6 @@ class SubnetworkSGD(SubnetworkOptimizer):
             max_grad_norm=max_grad_norm,
             path=path,
         )
-
-
-def _check_model(model: torch.nn.Module) -> None:
-    """Refuse wrappers that would gather dense gradients, and weights that are not whole."""
-    if isinstance(model, DistributedDataParallel):
-        raise ConfigError(
-            "the model is wrapped in DistributedDataParallel, whose buckets are dense gradients; "
-            "give the model itself and train that: the optimizer averages gradients over workers"
-        )
-    if any(isinstance(weight, DTensor) for weight in model.parameters()):
-        raise ConfigError(
-            "each worker holds a part of the model (FSDP), a mask selects of whole tensors; train "
-            "a subnetwork with the whole model on each worker (strategy ddp)"
-        )
-
-
-def _check_trainable(names: Mapping[torch.nn.Parameter, str]) -> None:
-    for what, bad, remedy in (
-        ("frozen", [n for w, n in names.items() if not w.requires_grad], "requires_grad_(True)"),
-        ("not contiguous", [n for w, n in names.items() if not w.is_contiguous()], "contiguous()"),
-    ):
-        if bad:
-            raise ConfigError(
-                f"{len(bad)} tensors in the mask are {what}, {', '.join(bad[:3])}; call {remedy} "
-                "of them, or take them out of the mask"
-            )
 
 
 def _receive(
