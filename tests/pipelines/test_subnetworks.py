@@ -188,7 +188,7 @@ def test_overlaps_are_of_the_full_trials_alone(tmp_path: Path, in_process: list[
     plan = plan_of(tmp_path, **{"factors.train.mask": f"[null, {{file: {tmp_path / 'few'}}}]"})
     run_trials(plan, plan.trials, Listener())  # type: ignore[arg-type]
     runs, rows = measured_runs(plan), []
-    for one, step in ((one, step) for one in runs for step in one.steps):
+    for one, step in ((run, step) for run in runs for step in run.steps):
         rows += measure_patch(
             BASE, Patch.open(Path(one.after[step])), base_fingerprint=one.base,
             trial_id=one.trial_id, step=step, views=("stored",), kind="snapshot",
