@@ -66,6 +66,7 @@ def measured_runs(plan: Plan) -> list[MeasuredRun]:
                 f"{PATCH_FILE}"
                 for step in trial.config.snapshot_steps
             },
+            masked=trial.config.train.mask is not None,
         )
         for trial in plan.finished()
     ]

@@ -9,6 +9,7 @@ from pipelines import record
 from pipelines.ledger import Entry, Ledger
 from pipelines.storage import Storage
 from rlsparse.errors import ConfigError
+from rlsparse.levels import under_mask
 from rlsparse.models import NAMES
 from rlsparse.overlap.comparison import MeasuredRun
 from rlsparse.pair_runs import PairRun, pair_runs
@@ -105,6 +106,7 @@ def measured_runs(plan: PairPlan, bases: Mapping[str, str]) -> list[MeasuredRun]
             num_steps=run.steps[-1],
             steps=run.steps,
             after={row.step: plan.place(row.after) for row in run.rows},
+            masked=under_mask(run.config),
         )
         for run in plan.trials
         if run.trial_id in bases

@@ -17,7 +17,7 @@ from pipelines.session import RaySession
 from pipelines.storage import Storage
 from pipelines.table_files import table_file, write_table
 from rlsparse.identity import canonical_json
-from rlsparse.overlap.comparison import asked
+from rlsparse.overlap.comparison import RULES, asked
 from rlsparse.schemas import SCHEMA_VERSION
 from rlsparse.study import StudyBase
 
@@ -75,7 +75,8 @@ def conclude_study(
     made = [table_file(name) for name in ("overlaps", "consensus")]
     # What tells cells, and what is asked; a claim that comes late makes nothing be counted anew.
     cells = study.model_dump(mode="json", include={"factors", "baseline", "controls", "settings"})
-    run_stage(storage, "overlap", shared | {"study": cells, "asked": asked(study)}, made, overlap)
+    inputs = shared | {"study": cells, "asked": asked(study), "rules": RULES}
+    run_stage(storage, "overlap", inputs, made, overlap)
     registered = record.registration(storage, study, seeds)
 
     def conclude() -> None:

@@ -18,11 +18,12 @@ from rlsparse.claim_config import (
     WithinClaim,
 )
 from rlsparse.claims.observations import Response
+from rlsparse.claims.overlap_evidence import UNDER_MASK
 from rlsparse.claims.rules import misfit
 from rlsparse.definitions import DEFINITIONS, MODULES, VIEWS
 from rlsparse.effects.responses import VALIDATION
 from rlsparse.errors import nearest
-from rlsparse.levels import MASK, canonical_path, level_label, paths_of, touches
+from rlsparse.levels import MASK, canonical_path, level_label, paths_of, touches, under_mask
 from rlsparse.pair_runs import PairRun
 from rlsparse.study import SURROGATES, StudyBase, StudyError, Trial, left_out
 from rlsparse.variants import Location
@@ -163,12 +164,18 @@ def _check_overlap(
     study: StudyBase, claim: OverlapClaim, planned: Sequence[_Planned], here: Location
 ) -> None:
     between = canonical_path(claim.between)
-    if between != "seed" and not any(touches(canonical_path(f), between) for f in study.factors):
-        known = ["seed", *study.factors]
+    factors = [factor for factor in study.factors if factor != MASK]
+    if between != "seed" and not any(touches(canonical_path(f), between) for f in factors):
+        known = ["seed", *factors]
         raise StudyError(
             f"claims: {claim.id}: runs do not differ in {claim.between}; "
             f"{nearest(claim.between, known)}"
         ).at(*here, "between")
+    selected = [trial for trial in planned if trial.matches(claim.where, claim.varied)]
+    if any(under_mask(trial.config) for trial in selected):
+        raise StudyError(f"claims: {claim.id}: {UNDER_MASK.why}; {UNDER_MASK.remedy}").at(
+            *here, "where"
+        )
     if claim.module is not None and claim.module not in MODULES:
         raise StudyError(
             f"claims: {claim.id}: unknown module {claim.module}; {nearest(claim.module, MODULES)}"
@@ -176,6 +183,7 @@ def _check_overlap(
     if "surrogate" in claim.nulls and not any(
         trial.role == "surrogate" or trial.value("algorithm.reward") in SURROGATES.values()
         for trial in planned
+        if not under_mask(trial.config)
     ):
         raise StudyError(
             f"claims: {claim.id}: null surrogate needs runs whose reward carries no information; "

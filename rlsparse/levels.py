@@ -101,6 +101,14 @@ def put(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     return {**config, head: put(config[head], rest, value) if rest else value}
 
 
+def under_mask(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration trains the weights of a mask alone.
+
+    The mask forces which weights such runs share: they take no part in overlaps.
+    """
+    return config.get("train", {}).get("mask") is not None
+
+
 def at_level(config: dict[str, Any], path: str, level: Level) -> dict[str, Any]:
     """``config`` with the field at ``path`` at ``level``.
 

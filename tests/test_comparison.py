@@ -78,6 +78,22 @@ def test_update_sizes_are_of_surrogates_first_then_of_the_baseline() -> None:
     assert references([a_run("gone", 0, after={}), a_run("r1", 1)]) == ("r1",)
 
 
+def test_runs_under_a_mask_are_compared_with_themselves_alone() -> None:
+    """Two seeds under one mask share what it forces, and no null expects that."""
+    masked = {"masked": True, "cell": {"train.mask": "random"}, "steps": (3, 9)}
+    full = [a_run(f"r{seed}", seed, steps=(3, 9)) for seed in (2, 3)]
+    runs = [a_run("m0", 0, **masked), a_run("m1", 1, role="surrogate", **masked), *full]
+    claim = AboveNullClaim(id="early", kind="above_null", at=At(step=3))
+    comparison = compare(study(claim), runs, "stored")
+    assert pairs(comparison) == [("r2", 9, "r3", 9), ("r2", 3, "r3", 3)]
+    own = [(run.trial_id, 3, run.trial_id, 9) for run in runs]
+    assert pairs(comparison, "pairs_within") == own
+    assert [[comparison.runs[at][0] for at in g.runs] for g in comparison.groups] == [["r2", "r3"]]
+    assert comparison.references == ("r2", "r3")
+    alone = compare(study(claim), runs[:2], "stored")
+    assert (pairs(alone), alone.groups, alone.references) == ([], (), ())
+
+
 def test_the_independent_run_has_another_seed_than_both() -> None:
     runs = [a_run(f"r{seed}", seed) for seed in range(4)] + [a_run("again0", 0, replicate=1)]
     comparison = compare(study(), runs, "stored")

@@ -216,6 +216,17 @@ def test_only_last_snapshots_of_all_weights_in_the_default_view_count() -> None:
     assert run(ONE, list(rng.permutation(np.array(rows, object)))).equals(run(ONE, rows))
 
 
+def test_a_mask_is_no_factor_of_overlaps() -> None:
+    """Table ``overlaps`` has no runs under a mask; the others are at one level of it."""
+    masks = {"train.mask": [None, {"like": {"from": "baseline"}}]}
+    study = make_study(factors={KL: [0.0, 0.04], **masks}, seeds=ONE.seeds)
+    full = [t for t in trials_of(study) if t.config.train.mask is None]
+    steady = lambda a, b: 0.1 * (a.config.seed + b.config.seed) + (a.cell[KL] == b.cell[KL])  # noqa: E731
+    frame, plain = run(study, rows_of(full, steady)), run(ONE, rows_of(trials_of(ONE), steady))
+    assert set(frame["factor"]) == {KL}
+    pd.testing.assert_frame_equal(frame, plain)
+
+
 def test_overlaps_that_do_not_exist_are_null() -> None:
     """As between runs of different bases: those of one base have some, across there are none."""
     trials = trials_of(ONE)

@@ -224,6 +224,28 @@ def noise(row: dict[str, object]) -> float:
     return 1 + 0.01 * (int(str(row["trial_a"])[:6], 16) % 3 - 1) / 3
 
 
+MASKS = {"train.mask": [None, {"from": "baseline"}, {"like": {"from": "baseline"}}]}
+
+
+@pytest.mark.parametrize("where", [{}, {"train.mask": "random(final)"}, {"seed": 0}])
+def test_trials_under_a_mask_have_no_verdict_on_overlap(where: dict[str, object]) -> None:
+    study = study_of({**ABOVE, "where": where}, factors=MASKS, controls=[])
+    (row,) = judge(study, overlaps=overlaps_of(study, noisy(1.5)))
+    assert row["verdict"] == "undecided"
+    assert "trials under train.mask are left out of overlaps: the mask forces" in str(row["note"])
+    assert row["would_decide"] == (
+        "select the runs that train all weights with where: {train.mask: null}"
+    )
+
+
+def test_full_trials_have_a_verdict_beside_those_under_a_mask() -> None:
+    study = study_of({**ABOVE, "where": {"train.mask": None}}, factors=MASKS, controls=[])
+    lift = lambda a, b: 9.0 if a.config.train.mask or b.config.train.mask else noisy(1.5)(a, b)  # noqa: E731
+    (row,) = judge(study, overlaps=overlaps_of(study, lift))
+    assert row["verdict"] == "supported"
+    assert "lift over 6 pairs by null: uniform 3" in str(row["note"])
+
+
 # --- surrogates --------------------------------------------------------------------------------
 
 REAL = {
@@ -277,6 +299,19 @@ def test_surrogate_null_by_hand() -> None:
     assert row["verdict"] == "supported"
     assert json.loads(str(row["alternatives"])) == {"magnitude": "supported"}
     assert f"surrogate {row['estimate']:.3g}" in str(row["note"])
+
+
+def test_surrogates_under_a_mask_stand_in_for_nobody() -> None:
+    where = {"train.mask": None, "algorithm.reward": "task"}
+    factors = {"algorithm.reward": ["task", "random"], **MASKS}
+    study = study_of({**REAL, "where": where}, factors=factors, controls=[])
+    plain = shared(2.0, 1.3)
+
+    def lift(a: Trial, b: Trial) -> float:
+        return 9.0 if a.config.train.mask or b.config.train.mask else plain(a, b)
+
+    (row,) = judge(study, overlaps=overlaps_of(study, lift))
+    assert row["estimate"] == pytest.approx(1.3, rel=0.05)
 
 
 def test_what_surrogates_share_too_is_no_excess() -> None:

@@ -32,6 +32,7 @@ from report_study import (
 )
 
 from rlsparse import tables
+from rlsparse.report import heat_maps
 from rlsparse.report.formats import (
     NOTHING,
     duration,
@@ -233,6 +234,28 @@ def test_the_third_runs_of_the_null_of_update_size_are_said(tmp_path):
         assert ("Third runs: surrogates (shuffled_reward s0" in text) == surrogates
         assert (task in text) == real
     assert "Third runs" not in text_of(build(tmp_path))
+
+
+@pytest.mark.parametrize("max_runs", [100, 1])
+def test_trials_under_a_mask_are_left_out_of_overlaps(tmp_path, monkeypatch, max_runs):
+    monkeypatch.setattr(heat_maps, "MAX_RUNS", max_runs)
+    monkeypatch.setattr(heat_maps, "MAX_CELLS", 1)
+    config = json.dumps({"model": {"source": "tiny"}, "train": {"mask": {"from": "baseline"}}})
+    full = [trial("grpo", s, cell=json.dumps({"train.mask": "null"})) for s in SEEDS]
+    masked = [
+        trial("grpo", s, trial_id=f"m{s}", config=config, cell=json.dumps({"train.mask": "final"}))
+        for s in SEEDS
+    ]
+    said = "Trials under a mask are left out: the mask forces which weights they share."
+    page = build(tmp_path, make_tables([*masked, *full], overlaps=overlap_table(full)))
+    assert said in text_of(page)
+    content = json.loads((tmp_path / "report.json").read_text())
+    overlapping = {cell["group"]: cell["magnitude_lift"] is not None for cell in content["cells"]}
+    assert overlapping == {"grpo mask=null": True, "grpo mask=final": False}
+    shown = content["overlap_map"]
+    assert (shown["of"], shown["num_left_out"]) == ("runs" if max_runs > 1 else "cells", 0)
+    assert len(shown["rows"]) == (6 if max_runs > 1 else 1)
+    assert said not in text_of(build(tmp_path, make_tables(full, overlaps=overlap_table(full))))
 
 
 def test_effects_say_which_test_and_which_are_controls(tmp_path):

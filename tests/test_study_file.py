@@ -353,6 +353,34 @@ def test_new_kinds_are_checked_before_training(tmp_path, claim, said):
     assert said in str(raised.value)
 
 
+MASKED_GRID = with_factors("  train.mask: [null, {from: baseline}]").partition("claims:")[0]
+
+
+@pytest.mark.parametrize(
+    ("claim", "said"),
+    [
+        ("kind: above_null",
+         "late: trials under train.mask are left out of overlaps: the mask forces which weights "
+         "they share; select the runs that train all weights with where: {train.mask: null}"),
+        ("kind: above_null, where: {train.mask: final}", "late: trials under train.mask are left"),
+        ("kind: above_null, between: train.mask",
+         "late: runs do not differ in train.mask; known: seed"),
+    ],
+)  # fmt: skip
+def test_overlaps_of_trials_under_a_mask_are_refused(tmp_path, claim, said):
+    text = f"{MASKED_GRID}claims:\n  - {{id: late, {claim}}}\n"
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path, text)
+    line = text.splitlines().index(f"  - {{id: late, {claim}}}") + 1
+    assert str(raised.value).startswith(f"{tmp_path / 'why.yaml'}:{line}: ")
+    assert said in str(raised.value)
+
+
+def test_overlaps_of_full_trials_are_fine_beside_masked_ones(tmp_path):
+    claim = "{id: fine, kind: above_null, where: {train.mask: null}}"
+    assert load(tmp_path, f"{MASKED_GRID}claims:\n  - {claim}\n").claims[0].id == "fine"
+
+
 TUNED_GRID = (
     with_factors(
         "  algorithm.kl_coef: [0.0, 0.04]\n  train.max_grad_norm: [null, 1.0]",

@@ -40,13 +40,13 @@ from rlsparse.claims.contrasts import (
 )
 from rlsparse.claims.equivalence import equivalent
 from rlsparse.claims.observations import Observations, Response
-from rlsparse.claims.overlap_evidence import Ends, overlap_evidence, overlap_pairs
+from rlsparse.claims.overlap_evidence import UNDER_MASK, Ends, overlap_evidence, overlap_pairs
 from rlsparse.claims.tuning import Tuned, tuned
 from rlsparse.effects import selection
 from rlsparse.effects.responses import Scale, scale_of
 from rlsparse.effects.selection import Pair
 from rlsparse.identity import canonical_json
-from rlsparse.levels import ordered_labels, tags_of
+from rlsparse.levels import ordered_labels, tags_of, under_mask
 from rlsparse.statistics import Floats
 from rlsparse.study import MIN_SEEDS
 
@@ -89,6 +89,8 @@ def design(seen: Observations, claim: Claim) -> Design:
             why = f"no run matches {canonical_json(claim.sides[side])}"
             return Design(selected, {}, obstacles=(Obstacle(why, "runs that match"),))
     if isinstance(claim, OverlapClaim):
+        if selected["config"].map(under_mask).any():
+            return Design(selected, {}, obstacles=(UNDER_MASK,))
         return Design(selected, {}, overlap_pairs(seen, claim))
     if isinstance(claim, EquivalentClaim | MonotoneClaim | InteractionClaim):
         return _of_levels(seen, claim, selected)

@@ -15,6 +15,7 @@ from rlsparse.claims.contrasts import MORE_SEEDS, Contrast, Evidence, Obstacle
 from rlsparse.claims.observations import Observations, Response, Settings
 from rlsparse.definitions import NULLS
 from rlsparse.effects import selection
+from rlsparse.levels import MASK, under_mask
 from rlsparse.statistics import Floats, jackknife
 from rlsparse.study import MIN_SEEDS, SURROGATES
 
@@ -33,6 +34,10 @@ under it is compared with these. ``surrogate`` holds fixed other things, and is 
 two that account for most."""
 
 EMPTY = Obstacle("a mask is empty, so nothing can overlap", "runs that change some weights")
+UNDER_MASK = Obstacle(
+    f"trials under {MASK} are left out of overlaps: the mask forces which weights they share",
+    f"select the runs that train all weights with where: {{{MASK}: null}}",
+)
 
 Ends = tuple[Any, Any]
 """Two runs as dictionaries, rows of ``Observations.by_id``."""
@@ -206,7 +211,8 @@ def _over_surrogates(
     ours = {run["trial_id"] for ends in pairs for run in ends}
     surrogates: dict[tuple[int, Settings], list[Any]] = {}
     for trial, run in seen.by_id.items():
-        if trial not in ours and seen.finished(trial) and _is_surrogate(run):
+        serves = trial not in ours and seen.finished(trial) and not under_mask(run["config"])
+        if serves and _is_surrogate(run):
             surrogates.setdefault(_alike(seen, run), []).append(run)
 
     def with_stand_ins(run: Any, other: Any) -> Floats:

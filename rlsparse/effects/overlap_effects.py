@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from rlsparse import tables
 from rlsparse.effects.selection import FINISHED, Pair, apart, contrasts, having, with_configs
 from rlsparse.identity import canonical_json
-from rlsparse.levels import level_label, tags_of
+from rlsparse.levels import MASK, level_label, tags_of
 from rlsparse.statistics import (
     CI_LEVEL,
     Floats,
@@ -72,13 +72,16 @@ def overlap_effects(study: StudyBase, trials: pa.Table, overlaps: pa.Table) -> p
     Returns:
         Rows of table ``effects``, response ``overlap.bitwise@<view>``, scale log; also one per
         level with the reference ``OTHER_SEED``: the mean log excess within the level, how much
-        seeds share. ``num_runs`` counts seeds. Runs without a changed weight are left out.
+        seeds share. ``num_runs`` counts seeds. Runs without a changed weight are left out. Table
+        ``overlaps`` has no runs under a mask, so that the mask is no factor here.
     """
     runs = with_configs(trials)
     excess = _excess(overlaps, runs, study.default_view)
     shared = {"response": f"overlap.bitwise@{study.default_view}", "scale": "log"}
     rows: list[dict[str, object]] = []
     for factor, family in contrasts(study, runs).items():
+        if factor == MASK:
+            continue
         made = [
             {"level": one.level, "reference": one.reference, "within": within}
             | _across(_known(pairs, excess), excess)

@@ -16,6 +16,9 @@ from rlsparse.study import StudyBase
 MAX_REFERENCES = 3
 """Independent runs that give update sizes; of three seeds, one is neither of any two."""
 
+RULES = 2
+"""Which runs are compared, and how; raised where that changes, so that studies count anew."""
+
 Run = tuple[str, int]
 """A mask: (trial_id, step)."""
 
@@ -37,6 +40,7 @@ class MeasuredRun:
         num_steps: steps of training.
         steps: snapshots that have masks, ascending; the last is the run's end.
         after: step -> patch or checkpoint of the weights then; absolute path or URL.
+        masked: whether it trained the weights of a mask alone (``levels.under_mask``).
     """
 
     trial_id: str
@@ -51,6 +55,7 @@ class MeasuredRun:
     num_steps: int
     steps: tuple[int, ...]
     after: Mapping[int, str]
+    masked: bool = False
 
 
 class Group(NamedTuple):
@@ -142,20 +147,24 @@ def asked(study: StudyBase) -> dict[str, list[Any]]:
 def compare(study: StudyBase, runs: Sequence[MeasuredRun], view: str) -> Comparison:
     """What a study compares of the runs of one base.
 
+    A run under a mask is compared with its own earlier snapshots alone: the mask forces which
+    weights it shares with others, and no null knows what could be trained.
+
     Args:
         study: its claims name steps, tensors and modules.
         runs: finished runs of one base, each once; controls and replicates too.
         view: number format of the masks.
     """
     named = asked(study)
-    last = [(run.trial_id, run.steps[-1]) for run in runs]
-    at_steps = [[(run.trial_id, s) for run in runs if s in run.steps] for s in named["steps"]]
+    full = [run for run in runs if not run.masked]
+    last = [(run.trial_id, run.steps[-1]) for run in full]
+    at_steps = [[(run.trial_id, s) for run in full if s in run.steps] for s in named["steps"]]
     moments = [last, *at_steps]
     moments = [
         one for place, one in enumerate(moments) if len(one) > 1 and one not in moments[:place]
     ]
     trajectories = [[(run.trial_id, s) for s in run.steps] for run in runs if len(run.steps) > 1]
-    groups = [group for group in _by_cell(runs).values() if len(group) > 1]
+    groups = [group for group in _by_cell(full).values() if len(group) > 1]
     masks = sorted(set(itertools.chain(*moments, *trajectories)))
     places = {mask: place for place, mask in enumerate(masks)}
 
@@ -173,7 +182,7 @@ def compare(study: StudyBase, runs: Sequence[MeasuredRun], view: str) -> Compari
             Group(_cell(group[0]), group[0].algorithm, group[0].steps[-1], members)
             for group, members in zip(groups, ends, strict=True)
         ),
-        references=references(runs),
+        references=references(full),
         tensors=tuple(named["tensors"]),
         modules=tuple(named["modules"]),
     )

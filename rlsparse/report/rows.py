@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from rlsparse.definitions import DEFINITIONS, MODULES
+from rlsparse.levels import under_mask
 from rlsparse.study import StudyBase
 
 Row = dict[str, Any]
@@ -114,20 +115,22 @@ def trial_rows(study: StudyBase, tables: Tables) -> list[Row]:
 
     ``group`` is the cell and, for a control, its name. ``sparsity`` maps definitions to the
     fraction unchanged at the last snapshot, ``views`` those of all views; ``snapshots`` holds
-    ``step``, ``score`` and bitwise ``sparsity`` along training, step 0 (nothing changed) first.
+    ``step``, ``score`` and bitwise ``sparsity`` along training, step 0 (nothing changed) first;
+    ``masked`` says whether it trained the weights of a mask alone.
     """
     measured = _sparsity(tables)
     scores = _score_by_step(tables)
     rows = []
     for trial in rows_of(tables, "trials"):
-        name, cell = trial["trial_id"], parsed(trial["cell"])
+        name, cell, config = trial["trial_id"], parsed(trial["cell"]), parsed(trial.get("config"))
         views = measured.get(name, {}) if trial["status"] == "finished" else {}
         steps = views.get(study.default_view, {})
         label = cell_label(trial["algorithm"], cell)
         rows.append(
             {
                 **{key: trial.get(key) for key in _KEPT},
-                **_setting(study, parsed(trial.get("config"))),
+                **_setting(study, config),
+                "masked": under_mask(config),
                 "label": trial.get("label") or f"{label} s{trial['seed']}",
                 "cell": cell,
                 "group": f"{label} · {trial['control']}" if trial["control"] else label,

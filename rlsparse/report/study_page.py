@@ -203,11 +203,13 @@ def _content(
 
 
 def _overlap_map(trials: Sequence[Row], cells: Sequence[Row], pairs: Any) -> Row:
-    """Runs against runs, or cells against cells where there are too many runs."""
-    measured = [t for t in trials if t["sparsity"]]
+    """Runs against runs, or cells against cells where there are too many runs; none masked."""
+    measured = [t for t in trials if t["sparsity"] and not t["masked"]]
     if len(measured) <= heat_maps.MAX_RUNS:
         return {"of": "runs", "rows": run_matrix(trials, pairs), "num_left_out": 0}
+    masked = {t["group"] for t in trials if t["masked"]}
     groups = [c["group"] for c in cells if c["num_finished"] and c["role"] != "control"]
+    groups = [group for group in groups if group not in masked]
     kept = groups[: heat_maps.MAX_CELLS]
     rows = cell_matrix(trials, pairs, kept)
     return {"of": "cells", "rows": rows, "num_left_out": len(groups) - len(kept)}

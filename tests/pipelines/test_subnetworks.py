@@ -14,17 +14,24 @@ from safetensors.torch import load_file
 from pipelines import study as running
 from pipelines import sweep
 from pipelines.dry_run import print_dry_run
+from pipelines.overlap import measured_runs
 from pipelines.plan import Plan, load_base, make_plan
 from pipelines.storage import Storage
 from pipelines.subnetworks import load_subnetwork
 from pipelines.sweep import _spec, phases, run_trial, run_trials
 from rlsparse import masks, tables
 from rlsparse.checkpoint import Checkpoint, fingerprint
+from rlsparse.deltas import measure_patch
 from rlsparse.errors import StorageError
+from rlsparse.identity import canonical_json
 from rlsparse.kernels import popcount
 from rlsparse.mask_making import changed
 from rlsparse.models import TINY
-from rlsparse.patch import PATCH_FILE
+from rlsparse.overlap import count_masks, overlaps
+from rlsparse.overlap.comparison import compare
+from rlsparse.overlap.consensus import consensus
+from rlsparse.patch import PATCH_FILE, Patch
+from rlsparse.patch.side import open_side
 from rlsparse.study import Study, Trial
 from rlsparse.study_file import load_study
 from rlsparse.tables import EVER_CHANGED, SUBNETWORK, snapshot_folder
@@ -174,6 +181,31 @@ def test_trials_follow_those_that_their_masks_are_of(
             assert any(differs.any() for differs in after.values())
 
 
+def test_overlaps_are_of_the_full_trials_alone(tmp_path: Path, in_process: list[list[str]]) -> None:
+    """Both seeds under one file of few weights share most of what they change."""
+    few = {i.name: (i.shape, np.full(-(-i.num_elements // 8), 1, np.uint8)) for i in BASE.counted}
+    masks.write_masks(tmp_path / "few", few, fingerprint(BASE))
+    plan = plan_of(tmp_path, **{"factors.train.mask": f"[null, {{file: {tmp_path / 'few'}}}]"})
+    run_trials(plan, plan.trials, Listener())  # type: ignore[arg-type]
+    runs, rows = measured_runs(plan), []
+    for one, step in ((run, step) for run in runs for step in run.steps):
+        rows += measure_patch(
+            BASE, Patch.open(Path(one.after[step])), base_fingerprint=one.base,
+            trial_id=one.trial_id, step=step, views=("stored",), kind="snapshot",
+        )[1]  # fmt: skip
+    after = {one.trial_id: open_side(one.after[2], BASE)[0] for one in runs}
+    comparison = compare(plan.study, runs, "stored")
+    totals = count_masks(comparison, tables.from_rows(rows, "masks"), BASE, after)
+    full, masked = ({t.trial_id for t in plan.trials if (t.config.train.mask is None) == is_full}
+                    for is_full in (True, False))  # fmt: skip
+    pairs = {(row["trial_a"], row["trial_b"]) for row in overlaps(totals).to_pylist()}
+    assert {frozenset(pair) for pair in pairs} == {
+        frozenset(full), *(frozenset({trial}) for trial in full | masked)
+    }  # fmt: skip
+    cells = {row["cell"] for row in consensus(totals).to_pylist()}
+    assert cells == {canonical_json({"train.mask": "null"})}
+
+
 def test_a_trial_whose_source_failed_is_a_failed_row_that_names_it(
     tmp_path: Path, in_process: list[list[str]]
 ) -> None:
@@ -267,11 +299,18 @@ def test_a_study_that_is_killed_between_its_phases_goes_on(tmp_path: Path) -> No
             assert row["num_in_mask"] == sum(counts.values())
             after, inside = moved(folder / trial.trial_id), bits(mask.path)
             assert not any((after[name] & ~inside[name]).any() for name in inside)
+        compared = tables.read(again.folder / "tables" / "overlaps.parquet", "overlaps")
+        pairs = {frozenset((row["trial_a"], row["trial_b"])) for row in compared.to_pylist()}
+        assert {pair for pair in pairs if len(pair) > 1} == {
+            frozenset({first.trial_id, second.trial_id})
+        }
         agreed = tables.read(again.folder / "tables" / "agreement.parquet", "agreement").to_pylist()
         relations = {row["trial_id"]: row["relation"] for row in agreed}
         assert relations == {t.trial_id: "subnetwork" if t.needs else "other seed"
                              for t in plan.trials}  # fmt: skip
-        assert 'id="subnetworks"' in (again.folder / "report" / "index.html").read_text()
+        page = (again.folder / "report" / "index.html").read_text()
+        assert 'id="subnetworks"' in page
+        assert "Trials under a mask are left out" in page
     finally:
         command.close()
 
