@@ -16,11 +16,11 @@ from pipelines import sweep
 from pipelines.dry_run import print_dry_run
 from pipelines.plan import Plan, load_base, make_plan
 from pipelines.storage import Storage
-from pipelines.subnetworks import load_subnetwork
+from pipelines.subnetworks import check_mask_files, load_subnetwork
 from pipelines.sweep import _spec, phases, run_trial, run_trials
 from rlsparse import masks, tables
 from rlsparse.checkpoint import Checkpoint, fingerprint
-from rlsparse.errors import StorageError
+from rlsparse.errors import ConfigError, StorageError
 from rlsparse.kernels import popcount
 from rlsparse.mask_making import changed
 from rlsparse.models import TINY
@@ -147,6 +147,34 @@ def test_a_mask_file_is_of_the_identity_of_a_trial(tmp_path: Path) -> None:
     entry = one.ledger.get(one.trials[1].trial_id)
     assert entry.status == "failed"
     assert "the study was planned with" in str(entry.error)
+
+
+def test_mask_files_are_checked_before_anything_runs(tmp_path: Path) -> None:
+    file = tmp_path / "own.mask.safetensors"
+    given = {i.name: (i.shape, np.full(-(-i.num_elements // 8), 1, np.uint8)) for i in BASE.counted}
+    plain = f"{{file: {file}}}"
+
+    def found(level: str, of: str = fingerprint(BASE), **changes: Any) -> list[str]:
+        content = {name: pair for name, pair in (given | changes).items() if pair is not None}
+        masks.write_masks(file, content, of)
+        return check_mask_files(plan_of(tmp_path, **{"factors.train.mask": f"[null, {level}]"}))
+
+    assert found(plain) == []
+    note = (
+        f"mask {file} is of the base {'f' * 12}, trials start from {fingerprint(BASE)[:12]} (tiny)"
+    )
+    mixed = f"{{union: [{plain}, {{like: {{from: baseline}}}}]}}"
+    assert found(plain, "f" * 64) == found(mixed, "f" * 64) == [note]
+    first, second = list(given)[:2]
+    bits = given[first][1]
+    other = {first: None, second: ((1, 9), np.ones(2, np.uint8)), "more": ((8 * bits.size,), bits)}
+    shown = rf"it lacks {first}, {second} is \[1, 9\], not \[.*\], only it has more; give"
+    with pytest.raises(ConfigError, match=rf"mask=.*: mask {file} is of .* the base tiny: {shown}"):
+        found(plain, **other)
+    with pytest.raises(ConfigError, match=f"mask {file} has no weight in it"):
+        found(plain, **{name: (shape, packed * 0) for name, (shape, packed) in given.items()})
+    with pytest.raises(ConfigError, match=r"is of the base ffffffffffff, .*give the checkpoint be"):
+        found(f"{{like: {plain}, pick: low_magnitude}}", "f" * 64)
 
 
 # --- phases ----------------------------------------------------------------------------------
