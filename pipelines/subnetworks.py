@@ -1,6 +1,7 @@
 """The mask that a trial of a study trains under: checked as it is planned, made by its worker."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from pipelines.storage import Storage
 from rlsparse.checkpoint import Checkpoint
 from rlsparse.config import TrialConfig
 from rlsparse.definitions import Take
-from rlsparse.errors import CheckpointError, ConfigError, StorageError
+from rlsparse.errors import CheckpointError, ConfigError, PatchError, StorageError
 from rlsparse.kernels import popcount
 from rlsparse.mask_config import FileMask, Leaf, Origin, leaves
 from rlsparse.mask_making import MadeMask, changed, check_one_model, held, make_mask, shapes_of
@@ -91,7 +92,7 @@ def load_subnetwork(
     Raises:
         StorageError: a trial that it is of is not done.
         CheckpointError: a mask file is damaged, or masks are of different models.
-        PatchError: a trial that it is of has another base, or its files are damaged.
+        PatchError: the patch of a trial that it is of is damaged.
     """
     from rlsparse.subnetwork import SubnetworkMask
 
@@ -116,7 +117,23 @@ def _of_trial(origin: Origin, storage: Storage, base: Path) -> Mask:
             "study again"
         )
     if origin.take == Take.EVER_CHANGED:
-        with storage.local_copy(f"{folder}/{EVER_CHANGED}") as path:
+        own = storage.local_copy(f"{folder}/{EVER_CHANGED}")
+        with own as path, remedied(storage, origin.trial_id, CheckpointError):
             return held(read_masks(path))
-    with storage.local_copy(f"{folder}/{snapshot_folder(origin.step)}/{PATCH_FILE}") as path:
+    own = storage.local_copy(f"{folder}/{snapshot_folder(origin.step)}/{PATCH_FILE}")
+    with own as path, remedied(storage, origin.trial_id, PatchError):
         return held(changed(base, path))
+
+
+@contextmanager
+def remedied(
+    storage: Storage, trial_id: str, damage: type[CheckpointError] | type[PatchError]
+) -> Iterator[None]:
+    """Errors that tell of damage to the files of a trial end with what to do about it."""
+    try:
+        yield
+    except damage as error:
+        raise damage(
+            f"{error}; delete {storage.url}/trials/{trial_id} and run the study again: that trial "
+            "runs again"
+        ) from error

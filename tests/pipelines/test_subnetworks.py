@@ -20,7 +20,7 @@ from pipelines.subnetworks import check_mask_files, load_subnetwork
 from pipelines.sweep import _spec, phases, run_trial, run_trials
 from rlsparse import masks, tables
 from rlsparse.checkpoint import Checkpoint, fingerprint
-from rlsparse.errors import ConfigError, StorageError
+from rlsparse.errors import CheckpointError, ConfigError, PatchError, StorageError
 from rlsparse.kernels import popcount
 from rlsparse.mask_making import changed
 from rlsparse.models import TINY
@@ -127,6 +127,17 @@ def test_a_mask_is_read_from_the_storage_of_the_study(
     assert found("ever_changed") == masks.fingerprint(ever)
     assert len({found(level) for level in ("final", "snapshot(step=1)", "ever_changed")}) == 3
     assert load_subnetwork(source.config, (), storage, base) is None
+
+    remedy = f"; delete .*/trials/{source.trial_id} and run the study again: that trial runs again$"
+    for label, name, error in (
+        ("final", f"{snapshot_folder(2)}/{PATCH_FILE}", PatchError),
+        ("ever_changed", EVER_CHANGED, CheckpointError),
+    ):
+        content = bytearray((folder / name).read_bytes())
+        content[-1] ^= 1
+        (folder / name).write_bytes(content)
+        with pytest.raises(error, match=f"{name} is damaged.*{remedy}" if is_local else remedy):
+            found(label)
 
 
 def test_a_mask_file_is_of_the_identity_of_a_trial(tmp_path: Path) -> None:
