@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,7 +107,7 @@ def load_subnetwork(
         return _of_trial(next(left), storage, base.path)
 
     mask = make_mask(config.train.mask, read, base.path, seed=config.seed)
-    return SubnetworkMask(bits_of(mask), base.fingerprint)
+    return SubnetworkMask(bits_of(mask), base.fingerprint, mask.metadata)
 
 
 def _of_trial(origin: Origin, storage: Storage, base: Path) -> Mask:
@@ -116,13 +117,17 @@ def _of_trial(origin: Origin, storage: Storage, base: Path) -> Mask:
             f"the mask is of trial {origin.trial_id}, which is not done in {storage.url}; run the "
             "study again"
         )
+    notes = {"kind": origin.take.value, "source": f"trial {origin.trial_id}"}
     if origin.take == Take.EVER_CHANGED:
         own = storage.local_copy(f"{folder}/{EVER_CHANGED}")
         with own as path, remedied(storage, origin.trial_id, CheckpointError):
-            return held(read_masks(path))
-    own = storage.local_copy(f"{folder}/{snapshot_folder(origin.step)}/{PATCH_FILE}")
-    with own as path, remedied(storage, origin.trial_id, PatchError):
-        return held(changed(base, path))
+            found = held(read_masks(path))
+    else:
+        notes["step"] = str(origin.step)
+        own = storage.local_copy(f"{folder}/{snapshot_folder(origin.step)}/{PATCH_FILE}")
+        with own as path, remedied(storage, origin.trial_id, PatchError):
+            found = held(changed(base, path))
+    return replace(found, metadata=found.metadata | notes)
 
 
 @contextmanager

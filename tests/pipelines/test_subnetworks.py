@@ -204,6 +204,10 @@ def test_trials_follow_those_that_their_masks_are_of(
         places = [Path(plan.storage.path(f"trials/{t.trial_id}")) for t in (full, sub, like)]
         found = moved(places[0])
         inside, drawn = bits(places[1] / SUBNETWORK), bits(places[2] / SUBNETWORK)
+        made_of = [masks.read_masks(place / SUBNETWORK).metadata for place in places[1:]]
+        assert made_of[0]["kind"] == made_of[1]["source"] == "final"
+        assert made_of[0]["source"] == f"trial {full.trial_id}"
+        assert (made_of[1]["kind"], made_of[1]["seed"]) == ("random", str(like.config.seed))
         for name, differs in found.items():
             assert np.array_equal(inside[name], differs)
             assert drawn[name].sum() == differs.sum()
