@@ -90,9 +90,12 @@ def run(
         return
     from pipelines.capacity import check_engines
     from pipelines.plan import make_plan
+    from pipelines.subnetworks import check_mask_files
 
     plan = make_plan(loaded, storage, only)
     check_engines(plan)
+    for note in check_mask_files(plan):
+        print(note, file=sys.stdout if dry_run else sys.stderr)
     if dry_run:
         from pipelines.dry_run import print_dry_run
 

@@ -4,6 +4,7 @@ What masks are made of is ``rlsparse.mask_making``.
 """
 
 import json
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlsparse.definitions import MASK_SUFFIX, VIEWS, Direction, Size, Take
-from rlsparse.errors import ConfigError, StorageError
+from rlsparse.errors import ConfigError, PatchError, StorageError
 
 if TYPE_CHECKING:
     from rlsparse.masks import Mask, MaskFile
@@ -90,13 +91,17 @@ def from_trial(
             "neither with the others"
         )
     from pipelines.storage import Storage
+    from pipelines.subnetworks import remedied
     from rlsparse.mask_making import of_trial, step_of
 
     storage = Storage(study)
     _check_out(out, force)
-    with storage.local_copy(f"trials/{_trial_id(storage, trial)}") as folder:
+    name = _trial_id(storage, trial)
+    with storage.local_copy(f"trials/{name}") as folder:
         at = step if fraction is None else step_of(folder, fraction)
-        _write(of_trial(folder, take, step=at, base=base), out)
+        with remedied(storage, name, PatchError) if base is None else nullcontext():
+            mask = of_trial(folder, take, step=at, base=base)
+        _write(mask, out)
 
 
 @app.command("random")
@@ -230,6 +235,10 @@ def info(
 
 def _trial_id(storage: Any, prefix: str) -> str:
     """The one finished trial of a study whose id begins so."""
+    if not storage.exists(""):
+        raise ConfigError(
+            f"{storage.url}: no such folder; give that of a study that has run, such as runs/NAME"
+        )
     trials = storage.list("trials")
     found = [trial for trial in trials if prefix and trial.startswith(prefix)]
     if len(found) != 1:

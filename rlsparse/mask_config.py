@@ -37,6 +37,12 @@ def _pairs(value: Any) -> Any:
     return tuple(sorted((str(k), tuple(v) if isinstance(v, list) else v) for k, v in value.items()))
 
 
+def _same_other_or_seed(value: Any) -> Any:
+    if value in ("same", "other") or (type(value) is int and 0 <= value < 2**31):
+        return value
+    raise ValueError(f"must be same, other or a seed, 0 or more and below 2**31 (got {value!r})")
+
+
 class _Mask(Config):
     """Base of masks: written with the keys that they are read with."""
 
@@ -46,7 +52,8 @@ class _Mask(Config):
 class FileMask(_Mask):
     """A mask file: a local path or an fsspec URL. Identity is that of its bits, not of its place.
 
-    Like a trial's own data, it must be the same file on every node.
+    Like a trial's own data, it is looked for from the working directory, and must be the same file
+    on every node.
     """
 
     file: str = Field(min_length=1)
@@ -69,7 +76,7 @@ class TrialMask(_Mask):
     take: Take = Take.FINAL
     step: int | None = Field(None, ge=1)
     fraction: float | None = Field(None, gt=0, le=1)
-    seed: Literal["same", "other"] | Annotated[int, Field(ge=0, lt=2**31)] = "same"
+    seed: Annotated[Literal["same", "other"] | int, BeforeValidator(_same_other_or_seed)] = "same"
     where: Annotated[
         tuple[tuple[str, _Value | tuple[_Value, ...]], ...],
         BeforeValidator(_pairs),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from rlsparse.errors import CheckpointError
@@ -25,8 +26,12 @@ Packed = NDArray[np.uint8]
 Bits = dict[str, tuple[tuple[int, ...], Packed]]
 """A mask of a model: weight tensor -> (its shape, its packed mask)."""
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 METADATA_KEY = "rlsparse_mask"
+CHECKSUM_KEY = "rlsparse_mask_checksum"
+"""Of what is at ``METADATA_KEY``, which holds those of the masks."""
+
+_AGAIN = "make it again"
 
 
 def num_bytes(num_elements: int) -> int:
@@ -117,7 +122,7 @@ def bits_of(mask: Mask) -> Bits:
     """All of a mask.
 
     Raises:
-        CheckpointError: of a mask file, bits are set beyond the last element of a tensor.
+        CheckpointError: of a mask file, the mask of a tensor is damaged.
     """
     return {name: (mask.shapes[name], mask.packed(name)) for name in sorted(mask.shapes)}
 
@@ -143,6 +148,8 @@ class MaskFile:
         shapes: weight tensor -> its shape, sorted by name.
         base_fingerprint: of the checkpoint whose weights the masks select.
         metadata: notes of whoever wrote it.
+        tensors: weight tensor -> where its packed mask lies.
+        checksums: weight tensor -> xxh3 of 128 bits (hex) of its packed mask.
     """
 
     path: Path | str
@@ -150,14 +157,20 @@ class MaskFile:
     base_fingerprint: str
     metadata: dict[str, str]
     tensors: dict[str, TensorInfo]
+    checksums: dict[str, str]
 
     def packed(self, name: str) -> Packed:
         """The packed mask of weight tensor ``name``.
 
         Raises:
-            CheckpointError: bits are set beyond the last element.
+            CheckpointError: it has another checksum than when it was written, or bits beyond the
+                last element.
         """
         mask = self.tensors[name].read().view(np.uint8)
+        if _checksum(mask.data) != self.checksums[name]:
+            raise CheckpointError(
+                f"{self.path} is damaged: the mask of {name} has another checksum; {_AGAIN}"
+            )
         check(mask, math.prod(self.shapes[name]))
         return mask
 
@@ -210,13 +223,29 @@ def write_stream(
         "metadata": dict(metadata or {}),
         "shapes": {name: list(shapes[name]) for name in sizes},
     }
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    checksums = dict.fromkeys(sizes, _checksum(b""))  # of the right length until they are known
     with atomic_write(path) as stream:
-        entries = [(name, "u8", (num_bytes(size),)) for name, size in sizes.items()]
-        stream.write(header_bytes(entries, {METADATA_KEY: text}))
-        for size, mask in zip(sizes.values(), packed, strict=True):
+        stream.write(_header(sizes, content, checksums))
+        for (name, size), mask in zip(sizes.items(), packed, strict=True):
             check(mask, size)
-            stream.write(np.ascontiguousarray(mask).data)
+            written = np.ascontiguousarray(mask)
+            checksums[name] = _checksum(written.data)
+            stream.write(written.data)
+        stream.seek(0)
+        stream.write(_header(sizes, content, checksums))
+
+
+def _header(
+    sizes: Mapping[str, int], content: Mapping[str, Any], checksums: Mapping[str, str]
+) -> bytes:
+    """Start of a mask file; as long for any checksums."""
+    text = json.dumps({**content, "checksums": checksums}, sort_keys=True, separators=(",", ":"))
+    entries = [(name, "u8", (num_bytes(size),)) for name, size in sizes.items()]
+    return header_bytes(entries, {METADATA_KEY: text, CHECKSUM_KEY: _checksum(text.encode())})
+
+
+def _checksum(content: memoryview | bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(content)
 
 
 def read_masks(path: str | Path) -> MaskFile:
@@ -230,22 +259,40 @@ def read_masks(path: str | Path) -> MaskFile:
         raise CheckpointError(f"{path} is a folder; give a mask file")
     path = file if isinstance(file, Path) else str(file)
     tensors, notes = read_header(file)
-    if METADATA_KEY not in notes:
-        raise CheckpointError(f"{path} is not a mask file: no {METADATA_KEY} in its metadata")
+    content = _content(path, notes)
     try:
-        content: dict[str, Any] = json.loads(notes[METADATA_KEY])
-        version = content["version"]
         shapes = {name: tuple(shape) for name, shape in sorted(content["shapes"].items())}
         expected = {name: ("u8", (num_bytes(math.prod(s)),)) for name, s in shapes.items()}
-        mask_file = MaskFile(
-            path, shapes, content["base_fingerprint"], content["metadata"], tensors
+        own, metadata, checksums = (
+            content[key] for key in ("base_fingerprint", "metadata", "checksums")
         )
+        fits = checksums.keys() == shapes.keys()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} has a damaged mask header: {error!r}") from error
+        raise CheckpointError(f"{path} has a damaged mask header ({error!r}): {_AGAIN}") from error
+    if not fits or expected != {name: (info.dtype, info.shape) for name, info in tensors.items()}:
+        raise CheckpointError(
+            f"{path} is damaged: its masks do not fit the shapes it lists; {_AGAIN}"
+        )
+    return MaskFile(path, shapes, own, metadata, tensors, checksums)
+
+
+def _content(path: Path | str, notes: Mapping[str, str]) -> dict[str, Any]:
+    """What a mask file says of itself, by its safetensors metadata."""
+    if METADATA_KEY not in notes:
+        raise CheckpointError(f"{path} is not a mask file: no {METADATA_KEY} in its metadata")
+    text = notes[METADATA_KEY]
+    try:
+        content: dict[str, Any] = json.loads(text)
+        version = content["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} has a damaged mask header ({error!r}): {_AGAIN}") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} is a mask file of format {version}, this release reads {FORMAT_VERSION}"
+            f"{path} is a mask file of format {version}, this release reads {FORMAT_VERSION}: "
+            f"{_AGAIN}"
         )
-    if expected != {name: (info.dtype, info.shape) for name, info in tensors.items()}:
-        raise CheckpointError(f"{path} is damaged: its masks do not fit the shapes it lists")
-    return mask_file
+    if notes.get(CHECKSUM_KEY) != _checksum(text.encode()):
+        raise CheckpointError(
+            f"{path} has a damaged mask header (another checksum than it says): {_AGAIN}"
+        )
+    return content

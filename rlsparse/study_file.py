@@ -2,7 +2,8 @@
 
 import io
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,10 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study | PairS
     raw.setdefault("name", path.stem)
     kind = PairStudy if "pairs" in raw else Study
     try:
+        for place, value in _numbers(raw):
+            if not math.isfinite(value):
+                name = ".".join(map(str, place))
+                raise StudyError(f"{name}: must be a finite number (got {value})").at(*place)
         study, trials = _read_pairs(raw, path) if "pairs" in raw else _read_grid(raw)
         check_claims(study, trials)
     except ValidationError as error:
@@ -129,6 +134,15 @@ def _plain(node: Any) -> Any:
         if isinstance(node, kind):
             return kind(node)
     return node
+
+
+def _numbers(node: Any, *place: str | int) -> Iterator[tuple[Location, float]]:
+    """All floats of a study, with their places."""
+    if isinstance(node, float):
+        yield place, node
+    items = node.items() if isinstance(node, dict) else ()
+    for key, value in enumerate(node) if isinstance(node, list) else items:
+        yield from _numbers(value, *place, key)
 
 
 def _one_line(error: Exception) -> str:

@@ -112,7 +112,8 @@ def train_trial(
         _train(context, _Follower(on_progress), saver)
         return {}
     if context.mask is not None:
-        write_masks(out_dir / SUBNETWORK, context.mask.bits, context.mask.base_fingerprint)
+        own = context.mask
+        write_masks(out_dir / SUBNETWORK, own.bits, own.base_fingerprint, own.metadata)
     score_base = scoring.score_stored(context, base_dir)
     median = _median_magnitude(context.model)
     probe = Probe(

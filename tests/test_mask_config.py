@@ -64,6 +64,9 @@ def test_a_mask_has_a_short_name_and_survives_json(mask, label):
         ({"from": "baseline", "where": {"seed": 1}}, "where changes seed, but"),
         ({"from": "baseline", "where": {"train.mask": None}}, "where changes train.mask, but"),
         ({"like": BASELINE, "pick": "principal", "mask_seed": 1}, "mask_seed 1 belongs to random"),
+        ({"from": "cell", "seed": -1}, "train.mask.seed: must be same, other or a seed, 0 or more"),
+        ({"from": "cell", "seed": "foo"}, "must be same, other or a seed, 0 or more and "
+         "below 2**31 (got 'foo')"),
         ({"like": BASELINE, "pick": "best"}, "unknown train.mask.pick best; "),
     ],
 )  # fmt: skip

@@ -1,10 +1,12 @@
 import json
 import math
+import re
 
 import numpy as np
 import planted
 import pytest
 import safetensors
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -101,18 +103,51 @@ def test_files_that_are_wrong(tmp_path):
     assert list(tmp_path.iterdir()) == []
     path = tmp_path / "m"
     tensor = planted.Tensor("u8", (2,), np.array([255, 255], "u1"))
-    content = {"version": "1", "base_fingerprint": "", "metadata": {}, "shapes": {"b": [3, 5]}}
+    content = {
+        "version": "2",
+        "base_fingerprint": "",
+        "metadata": {},
+        "shapes": {"b": [3, 5]},
+        "checksums": {"b": xxhash.xxh3_128_hexdigest(b"\xff\xff")},
+    }
     cases = {
         "not a mask file": None,
-        "format 2, this release reads 1": {**content, "version": "2"},
+        "format 1, this release reads 2: make it again": {"version": "1"},
         "do not fit": {**content, "shapes": {"b": [3, 6]}},
-        "damaged mask header": {"version": "1"},
+        "its masks do not fit": {**content, "checksums": {}},
+        r"damaged mask header \(KeyError\('shapes'\)\)": {"version": "2"},
+        "damaged mask header": ["version"],
     }
     for message, header in cases.items():
-        metadata = header and {masks.METADATA_KEY: json.dumps(header)}
-        planted.write_file(path, {"b": tensor}, metadata)
+        planted.write_file(path, {"b": tensor}, header and notes(header))
         with pytest.raises(CheckpointError, match=message):
             masks.read_masks(path)
-    planted.write_file(path, {"b": tensor}, {masks.METADATA_KEY: json.dumps(content)})
+    planted.write_file(path, {"b": tensor}, notes(content) | {masks.CHECKSUM_KEY: "0" * 32})
+    with pytest.raises(CheckpointError, match="another checksum than it says"):
+        masks.read_masks(path)
+    planted.write_file(path, {"b": tensor}, notes(content))
     with pytest.raises(CheckpointError, match="beyond its 15 elements"):
         masks.read_masks(path).packed("b")
+
+
+def notes(content: object) -> dict[str, str]:
+    text = json.dumps(content)
+    checksum = xxhash.xxh3_128_hexdigest(text.encode())
+    return {masks.METADATA_KEY: text, masks.CHECKSUM_KEY: checksum}
+
+
+def test_every_damaged_byte_is_noticed(tmp_path):
+    """A flipped bit anywhere, in the header, its checksums or the masks."""
+    path = tmp_path / "m"
+    masks.write_masks(path, MASKS, "base", {"kind": "ever_changed"})
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << (position % 8)
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError):
+            masks.bits_of(masks.read_masks(path))
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    message = f"{path} is damaged: the mask of b has another checksum; make it again"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        masks.bits_of(masks.read_masks(path))

@@ -136,6 +136,10 @@ def test_every_other_error_names_the_file(tmp_path, text, message):
         (with_factors("  algorithm.beta: [0.1, 0.2]"), 8, "unknown factor algorithm.beta"),
         (with_factors("  seed: [0, 1]"), 8, "list the seeds under `seeds`"),
         (STUDY.replace("  train:", "  seed: 3\n  train:"), 4, "list the seeds under `seeds`"),
+        (with_factors("  train.mask:\n    - null\n    - {from: cell, fraction: .nan}"),
+         10, "factors.train.mask.1.fraction: must be a finite number (got nan)"),
+        (with_factors("  train.learning_rate: [1.0, -.inf]"), 8,
+         "factors.train.learning_rate.1: must be a finite number (got -inf)"),
         (with_factors("  train.learning_rate:\n    - 1.0\n    - fast"), 10,
          "factors: cell train.learning_rate fast is not a valid trial: "
          "train.learning_rate: Input should be a valid number, unable to parse string as a number "

@@ -5,14 +5,17 @@ import itertools
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
 from rlsparse.config import TrialConfig
 from rlsparse.errors import ConfigError
+from rlsparse.masks import pack, write_masks
 from rlsparse.models import TINY
 from rlsparse.models.loading import load_model, load_tokenizer
 from rlsparse.task_config import ChainSumConfig, TaskConfig
@@ -131,6 +134,20 @@ def test_data_version_follows_files_and_code(tiny_trial, tmp_path, monkeypatch):
     for missing in ({"reward": "my_none:score"}, {"data": "none.jsonl"}):
         with pytest.raises(ConfigError, match="none"):
             data_version(tiny_trial("dpo", algorithm=missing))
+
+
+def test_a_mask_file_that_is_not_there_or_damaged_is_told_with_its_place(tiny_trial, tmp_path):
+    file = tmp_path / "own.mask.safetensors"
+    config = tiny_trial("sft", mask={"like": {"file": str(file)}})
+    message = f"train.mask: no mask file {file}: give a path, relative to the working directory"
+    with pytest.raises(ConfigError, match=re.escape(f"{message} ({Path.cwd()}), or a URL")):
+        data_version(config)
+    write_masks(file, {"w": ((8,), pack(np.ones(8, bool)))}, "base")
+    assert data_version(config).startswith("1, mask ")
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + b"\0")
+    with pytest.raises(ConfigError, match=f"train.mask: {file} is damaged: the mask of w has"):
+        data_version(config)
 
 
 # --- decoding --------------------------------------------------------------------------------

@@ -14,13 +14,14 @@ from rlsparse.mask_making.chosen import (
     uniform,
 )
 from rlsparse.mask_making.configured import make_mask
-from rlsparse.mask_making.made import MadeMask, held, write
+from rlsparse.mask_making.made import MadeMask, check_one_model, held, shapes_of, write
 
 __all__ = [
     "MadeMask",
     "by_direction",
     "by_magnitude",
     "changed",
+    "check_one_model",
     "complement",
     "difference",
     "held",
@@ -29,6 +30,7 @@ __all__ = [
     "of_trial",
     "random_like",
     "random_within_magnitude",
+    "shapes_of",
     "step_of",
     "uniform",
     "union",

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -27,6 +27,7 @@ class SubnetworkMask:
         bits: weight tensor -> (its shape, its packed mask), as ``masks.write_masks`` takes it.
         base_fingerprint: ``checkpoint.fingerprint`` of the base that the mask was made for; not
             checked, a subnetwork may be trained from other weights.
+        metadata: what it is, and of what it was made.
 
     Raises:
         CheckpointError: no weight is in it, or a packed mask does not fit its shape.
@@ -34,6 +35,7 @@ class SubnetworkMask:
 
     bits: Mapping[str, tuple[tuple[int, ...], Packed]]
     base_fingerprint: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """See the class."""
@@ -73,7 +75,7 @@ def load_mask(path: str | Path) -> SubnetworkMask:
         CheckpointError: not a mask file, cut short or damaged, or no weight is in it.
     """
     file = masks.read_masks(path)
-    return SubnetworkMask(masks.bits_of(file), file.base_fingerprint)
+    return SubnetworkMask(masks.bits_of(file), file.base_fingerprint, file.metadata)
 
 
 def check(model: torch.nn.Module, mask: SubnetworkMask) -> None:

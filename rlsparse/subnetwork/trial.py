@@ -52,7 +52,7 @@ def trained_mask(
             f"no weight of train.mask ({mask.num_selected} weights) is in train.trainable_modules "
             "and train.trainable_layers; leave these out, or give another mask"
         )
-    return SubnetworkMask(bits, mask.base_fingerprint)
+    return SubnetworkMask(bits, mask.base_fingerprint, mask.metadata)
 
 
 @contextmanager

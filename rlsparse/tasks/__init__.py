@@ -6,9 +6,11 @@ in ``TASKS``. Importing this package imports neither torch nor any library of da
 
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from rlsparse.config import TrialConfig
+from rlsparse.errors import CheckpointError, ConfigError
 from rlsparse.mask_config import FileMask, leaves
 from rlsparse.masks import bits_of, fingerprint, read_masks
 from rlsparse.task_config import TaskConfig
@@ -44,8 +46,7 @@ def data_version(config: TrialConfig) -> str:
     demonstrations or preferences, where the algorithm has them, and of the bits of mask files.
 
     Raises:
-        ConfigError: a user's file, data set or function is not there.
-        CheckpointError: a mask file is not there, or damaged.
+        ConfigError: a user's file, data set or function is not there, or a mask file is damaged.
     """
     reward = getattr(config.algorithm, "reward", "task")
     data = getattr(config.algorithm, "data", "gold")
@@ -62,7 +63,15 @@ def data_version(config: TrialConfig) -> str:
 @lru_cache(maxsize=64)
 def _mask_hash(file: str, stamp: tuple[int, ...]) -> str:
     """Hash of the bits of a mask file, which is read again when its stamp has changed."""
-    return fingerprint(bits_of(read_masks(file)))[:16]
+    if "://" not in file and not Path(file).is_file():
+        raise ConfigError(
+            f"train.mask: no mask file {file}: give a path, relative to the working directory "
+            f"({Path.cwd()}), or a URL"
+        )
+    try:
+        return fingerprint(bits_of(read_masks(file)))[:16]
+    except CheckpointError as error:
+        raise ConfigError(f"train.mask: {error}") from error
 
 
 __all__ = [

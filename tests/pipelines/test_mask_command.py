@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from pipelines import cli, mask_command
 from pipelines.storage import Storage
-from rlsparse.errors import ConfigError, RlsparseError, StorageError
+from rlsparse.errors import ConfigError, PatchError, RlsparseError, StorageError
 from rlsparse.masks import read_masks, unpack
 from rlsparse.overlap.mask_set import compare_masks
 from rlsparse.tables import EVER_CHANGED
@@ -173,6 +173,21 @@ def test_masks_of_trials(study, run, tmp_path):
     assert all((half.packed(name) == one.packed(name)).all() for name in half.shapes)
 
 
+def test_a_damaged_trial_is_told_what_to_do(study, run, tmp_path):
+    damaged = tmp_path / "study"
+    shutil.copytree(study, damaged)
+    out = ("-o", tmp_path / "m.mask.safetensors")
+    for file in damaged.glob("trials/aa11/snapshots/step-000002/*.patch.safetensors"):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    remedy = f"; delete {damaged}/trials/aa11 and run the study again: that trial runs again"
+    with pytest.raises(PatchError, match=rf"is damaged.*{remedy}$"):
+        run("from-trial", damaged, "aa11", *out)
+    with pytest.raises(PatchError, match=r"is damaged[^;]*$"):  # or --base is another one
+        run("from-trial", damaged, "aa11", "--base", "tiny", *out)
+
+
 def test_trials_that_give_no_mask(study, run, tmp_path):
     out = ("-o", tmp_path / "m.mask.safetensors")
     for arguments, message in (
@@ -180,7 +195,10 @@ def test_trials_that_give_no_mask(study, run, tmp_path):
         ((study, "zz"), "'zz' names no trial in .*; give enough of one id of aa11, aa22, bb33"),
         ((study, ""), "'' names no trial"),
         ((study, "bb33"), "trial bb33 is not done; `rlsparse run` its study again"),
-        ((tmp_path / "none", "aa"), "names no trial in .*none; .* of a study that has run"),
+        (
+            (tmp_path / "none", "aa"),
+            "none: no such folder; give that of a study that has run, such as",
+        ),
         ((study, "aa11", "--take", "snapshot"), "--take snapshot: give --step or --fraction"),
         ((study, "aa11", "--step", 1), "--take final: give --step or --fraction with"),
         ((study, "aa11", "--take", "snapshot", "--step", 1, "--fraction", 0.5), "one of them"),

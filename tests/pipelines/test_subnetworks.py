@@ -17,12 +17,12 @@ from pipelines.dry_run import print_dry_run
 from pipelines.overlap import measured_runs
 from pipelines.plan import Plan, load_base, make_plan
 from pipelines.storage import Storage
-from pipelines.subnetworks import load_subnetwork
+from pipelines.subnetworks import check_mask_files, load_subnetwork
 from pipelines.sweep import _spec, phases, run_trial, run_trials
 from rlsparse import masks, tables
 from rlsparse.checkpoint import Checkpoint, fingerprint
 from rlsparse.deltas import measure_patch
-from rlsparse.errors import StorageError
+from rlsparse.errors import CheckpointError, ConfigError, PatchError, StorageError
 from rlsparse.identity import canonical_json
 from rlsparse.kernels import popcount
 from rlsparse.mask_making import changed
@@ -135,6 +135,17 @@ def test_a_mask_is_read_from_the_storage_of_the_study(
     assert len({found(level) for level in ("final", "snapshot(step=1)", "ever_changed")}) == 3
     assert load_subnetwork(source.config, (), storage, base) is None
 
+    remedy = f"; delete .*/trials/{source.trial_id} and run the study again: that trial runs again$"
+    for label, name, error in (
+        ("final", f"{snapshot_folder(2)}/{PATCH_FILE}", PatchError),
+        ("ever_changed", EVER_CHANGED, CheckpointError),
+    ):
+        content = bytearray((folder / name).read_bytes())
+        content[-1] ^= 1
+        (folder / name).write_bytes(content)
+        with pytest.raises(error, match=f"{name} is damaged.*{remedy}" if is_local else remedy):
+            found(label)
+
 
 def test_a_mask_file_is_of_the_identity_of_a_trial(tmp_path: Path) -> None:
     ones = {i.name: (i.shape, np.full(-(-i.num_elements // 8), 1, np.uint8)) for i in BASE.counted}
@@ -156,6 +167,34 @@ def test_a_mask_file_is_of_the_identity_of_a_trial(tmp_path: Path) -> None:
     assert "the study was planned with" in str(entry.error)
 
 
+def test_mask_files_are_checked_before_anything_runs(tmp_path: Path) -> None:
+    file = tmp_path / "own.mask.safetensors"
+    given = {i.name: (i.shape, np.full(-(-i.num_elements // 8), 1, np.uint8)) for i in BASE.counted}
+    plain = f"{{file: {file}}}"
+
+    def found(level: str, of: str = fingerprint(BASE), **changes: Any) -> list[str]:
+        content = {name: pair for name, pair in (given | changes).items() if pair is not None}
+        masks.write_masks(file, content, of)
+        return check_mask_files(plan_of(tmp_path, **{"factors.train.mask": f"[null, {level}]"}))
+
+    assert found(plain) == []
+    note = (
+        f"mask {file} is of the base {'f' * 12}, trials start from {fingerprint(BASE)[:12]} (tiny)"
+    )
+    mixed = f"{{union: [{plain}, {{like: {{from: baseline}}}}]}}"
+    assert found(plain, "f" * 64) == found(mixed, "f" * 64) == [note]
+    first, second = list(given)[:2]
+    bits = given[first][1]
+    other = {first: None, second: ((1, 9), np.ones(2, np.uint8)), "more": ((8 * bits.size,), bits)}
+    shown = rf"it lacks {first}, {second} is \[1, 9\], not \[.*\], only it has more; give"
+    with pytest.raises(ConfigError, match=rf"mask=.*: mask {file} is of .* the base tiny: {shown}"):
+        found(plain, **other)
+    with pytest.raises(ConfigError, match=f"mask {file} has no weight in it"):
+        found(plain, **{name: (shape, packed * 0) for name, (shape, packed) in given.items()})
+    with pytest.raises(ConfigError, match=r"is of the base ffffffffffff, .*give the checkpoint be"):
+        found(f"{{like: {plain}, pick: low_magnitude}}", "f" * 64)
+
+
 # --- phases ----------------------------------------------------------------------------------
 
 
@@ -172,6 +211,10 @@ def test_trials_follow_those_that_their_masks_are_of(
         places = [Path(plan.storage.path(f"trials/{t.trial_id}")) for t in (full, sub, like)]
         found = moved(places[0])
         inside, drawn = bits(places[1] / SUBNETWORK), bits(places[2] / SUBNETWORK)
+        made_of = [masks.read_masks(place / SUBNETWORK).metadata for place in places[1:]]
+        assert made_of[0]["kind"] == made_of[1]["source"] == "final"
+        assert made_of[0]["source"] == f"trial {full.trial_id}"
+        assert (made_of[1]["kind"], made_of[1]["seed"]) == ("random", str(like.config.seed))
         for name, differs in found.items():
             assert np.array_equal(inside[name], differs)
             assert drawn[name].sum() == differs.sum()
