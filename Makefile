@@ -44,6 +44,7 @@ bench: venv
 	$(BIN)/python tests/benchmarks/bench_measure.py
 	$(BIN)/python tests/benchmarks/bench_diff.py
 	$(BIN)/python tests/benchmarks/bench_pairs.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_patch.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_overlap.py
 	$(BIN)/python tests/benchmarks/bench_spectrum.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_aggregate.py

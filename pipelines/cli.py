@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from pipelines import mask_command, preset_command
+from pipelines import mask_command, patch_command, preset_command
 from pipelines.diff_command import diff
 from pipelines.json_option import write_json
 from pipelines.overlap_command import overlap
@@ -238,6 +238,7 @@ def report(
 app.command()(diff)
 app.command()(overlap)
 app.add_typer(mask_command.app, name="mask")
+app.add_typer(patch_command.app, name="patch")
 app.add_typer(preset_command.app, name="preset")
 
 

@@ -127,7 +127,7 @@ def _weights(plan: Plan, trial: Trial) -> str:
         name = f"trials/{trial.trial_id}/{snapshot_folder(step)}/{PATCH_FILE}"
         with plan.storage.local_copy(name) as path:
             tensors = Patch.open(path).tensors
-            sums.append({tensor: entry.sha256 for tensor, entry in tensors.items()})
+            sums.append({tensor: entry.xxh3_after for tensor, entry in tensors.items()})
     if not sums:
         raise RlsparseError(f"trial {trial.trial_id} has no snapshots")
     return json.dumps(sums, sort_keys=True)

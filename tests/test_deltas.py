@@ -47,7 +47,7 @@ def small_chunks(monkeypatch):
 
     monkeypatch.setattr("rlsparse.deltas.chunks", small)
     monkeypatch.setattr("rlsparse.diff.chunks", small)
-    monkeypatch.setattr("rlsparse.patch.chunks", small)
+    monkeypatch.setattr("rlsparse.patch.apply.chunks", small)
 
 
 def test_base_rows(tmp_path, small_chunks):

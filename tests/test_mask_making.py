@@ -274,7 +274,7 @@ def test_what_is_no_trial_is_named(trial, tmp_path):
         with pytest.raises(ConfigError, match="a step belongs to a snapshot"):
             of_trial(copy, kind, step=step)
     other = write_other_base(tmp_path)
-    with pytest.raises(PatchError, match="belongs to the base"):
+    with pytest.raises(PatchError, match="belongs to another base"):
         of_trial(copy, Take.FINAL, base=other)
     (copy / EVER_CHANGED).write_bytes((copy / EVER_CHANGED).read_bytes()[:-5])
     with pytest.raises(CheckpointError, match="truncated"):

@@ -12,7 +12,7 @@ import torch
 from rlsparse.checkpoint import Checkpoint
 from rlsparse.errors import CheckpointError, TrialError
 from rlsparse.masks import read_masks, unpack
-from rlsparse.patch import PATCH_FILE, Patch
+from rlsparse.patch import PATCH_FILE, Changes, Patch
 from rlsparse.probe import Probe
 from rlsparse.tables import EVER_CHANGED
 from rlsparse.tasks.generate import Score
@@ -94,10 +94,12 @@ def test_a_patch_at_each_snapshot(bench):
     assert set(second.tensors) == {"embed.weight", "head.bias"}  # the tied head once
     assert second.base_fingerprint == "f"
     ones = np.full(15, 0x3F80, np.uint16)
-    after = second.after_bits("embed.weight", ones, 0, 15)
+    after = ones.copy()
+    Changes(second, "embed.weight").apply(after, 0)
     assert (np.flatnonzero(after != ones).tolist(), after[7]) == ([7], 0x4040)
     twos = np.full(3, 0x4000, np.uint16)
-    assert second.after_bits("head.bias", twos, 0, 3).tolist() == [0x4000, 0x4000, 0x8000]
+    Changes(second, "head.bias").apply(twos, 0)
+    assert twos.tolist() == [0x4000, 0x4000, 0x8000]
     assert [last.tensors[name].num_changed for name in ("embed.weight", "head.bias")] == [0, 1]
     assert bench.probe.patch_bytes == second.size_bytes + last.size_bytes
     assert bench.probe.finish() == {"num_untouched": 16, "num_cancelled": 1, "num_final": 1}

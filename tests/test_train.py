@@ -20,7 +20,7 @@ from rlsparse.deltas import base_rows, measure_patch
 from rlsparse.diff import diff_checkpoints
 from rlsparse.errors import PatchError, TrialError
 from rlsparse.models.loading import load_model, load_tokenizer
-from rlsparse.patch import Patch, TensorPair, apply_patch, verify_patch, write_patch
+from rlsparse.patch import Changes, Patch, TensorPair, apply_patch, verify_patch, write_patch
 from rlsparse.tasks import load_task
 from rlsparse.tasks.generate import Score, complete, kl_divergence
 from rlsparse.train import environment
@@ -203,7 +203,9 @@ def test_ever_changed_is_the_union_over_all_steps(watched, base):
         union = np.zeros(bits.size, bool)
         for step in (1, 2, 3, 4):
             patch = Patch.open(watched.patch(step))
-            union |= patch.after_bits(key, bits, 0, bits.size) != bits
+            after = bits.copy()
+            Changes(patch, key).apply(after, 0)
+            union |= after != bits
         assert np.array_equal(masks.unpack(ever.packed(key), bits.size), union)
         num_final += patch.tensors[key].num_changed
         num_ever += int(union.sum())

@@ -1,4 +1,4 @@
-"""Bitwise change alone, in one pass: for measuring while training, where every step counts."""
+"""Bitwise change alone, in one pass: for patches, and for measuring while training."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,3 +33,12 @@ def compare(before: Bits, after: Bits, words: NDArray[np.uint64]) -> int:
         counts.ctypes.data, unused, unused, unused, before.size,
     )  # fmt: skip
     return int(counts[at.CHANGED])
+
+
+def set_bits(words: NDArray[np.uint64], num_set: int) -> NDArray[np.uint32]:
+    """Places of the set bits of a packed mask, ascending, of which there are ``num_set``."""
+    assert words.flags.c_contiguous
+    assert words.size <= 2**26
+    places = np.empty(num_set, np.uint32)
+    load("positions", 2, 1)(words.ctypes.data, places.ctypes.data, words.size)
+    return places

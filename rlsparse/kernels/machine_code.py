@@ -26,7 +26,7 @@ from rlsparse.tensor_file import atomic_write
 
 _SOURCES = (
     "counting.py", "cpu.py", "formats.py", "layout.py", "machine_code.py", "packed_vectors.py",
-    "packing.py", "vectors.py",
+    "packing.py", "patching.py", "vectors.py",
 )  # fmt: skip
 
 
@@ -34,7 +34,7 @@ _one_at_a_time = threading.RLock()  # neither LLVM's engine nor numba may be ent
 
 
 def load(name: str, num_pointers: int, num_integers: int = 0) -> Callable[..., None]:
-    """A kernel of ``cpu``, ``counting`` or ``packing`` as a function that releases the GIL.
+    """A kernel of ``cpu``, ``counting``, ``packing`` or ``patching``, which releases the GIL.
 
     Args:
         name: of the kernel.
@@ -125,12 +125,13 @@ def _compile(name: str) -> bytes:
     """Object code that needs nothing of numba's runtime."""
     from numba import njit
 
-    from rlsparse.kernels import counting, cpu, packing
+    from rlsparse.kernels import counting, cpu, packing, patching
 
-    function, signature = (cpu.KERNELS | counting.KERNELS | packing.KERNELS)[name]()
+    exact = packing.KERNELS | patching.KERNELS  # bits are the contract
+    function, signature = (cpu.KERNELS | counting.KERNELS | exact)[name]()
     compiled = njit(
         signature, error_model="numpy",
-        fastmath=packing.FASTMATH if name in packing.KERNELS else cpu.FASTMATH,
+        fastmath=False if name in exact else cpu.FASTMATH,
         no_cpython_wrapper=True, no_cfunc_wrapper=True,
     )(function)  # fmt: skip
     module = llvm.parse_assembly(compiled.inspect_llvm(compiled.signatures[0]))

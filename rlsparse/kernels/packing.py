@@ -40,9 +40,6 @@ from rlsparse.kernels.vectors import (
     walk,
 )
 
-FASTMATH = False
-"""Bits are the contract."""
-
 _BLOCK = 256  # the weights of a block stay in the fastest cache until they are put back
 _AHEAD = 8  # words
 _CAPACITY = _BLOCK + 2 * LANES

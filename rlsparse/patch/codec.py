@@ -1,39 +1,35 @@
-"""The contract of a codec: how the changed weights of one tensor are laid out in a patch."""
+"""The contract of a codec: how the places of a block that changed are written as bytes."""
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlsparse.tensor_file import Bits
+Positions = NDArray[np.uint32]
+"""Places of changed elements, counted from the start of their block; ascending."""
 
-Read = Callable[[str, int, int], NDArray[Any]]
-"""(array, start, stop) -> elements [start, stop) of one of the codec's arrays."""
-
-Layout = dict[str, tuple[str, int]]
-"""Array -> (number format, number of elements): all that a codec stores for one tensor."""
+Stream = NDArray[np.uint8]
 
 
 class Codec(Protocol):
-    """Stores, losslessly, where a tensor changed and the bits that are there afterwards.
+    """Writes positions as bytes, losslessly; what is repetitive in them is compressed afterwards.
 
-    What ``encode`` returns has exactly the arrays of ``layout``, so the smallest encoding is known
-    before encoding, and a damaged patch before decoding. ``decode`` reads only what the slice
-    needs.
+    A codec is one file with this contract and one line in ``codecs.CODECS``.
     """
 
-    def layout(self, num_elements: int, num_changed: int, value_dtype: str) -> Layout:
-        """What is stored for ``num_changed`` of ``num_elements`` values of ``value_dtype``."""
+    def encode(self, positions: Positions, num_elements: int) -> Stream:
+        """The bytes of ``positions`` [k], all below ``num_elements``."""
 
-    def encode(self, changed: NDArray[np.bool_], after_bits: Bits) -> dict[str, NDArray[Any]]:
-        """Encode ``after_bits`` [n] where ``changed`` [n]."""
-
-    def decode(
-        self, read: Read, num_elements: int, num_changed: int, start: int, stop: int
-    ) -> tuple[NDArray[np.int64], Bits]:
-        """Positions, ascending and counted from ``start``, and values of changes in a slice.
+    def decode(self, stream: Stream, num_elements: int, num_changed: int) -> Positions:
+        """The way back.
 
         Raises:
-            PatchError: the arrays contradict each other.
+            PatchError: these are not the bytes of ``num_changed`` ascending positions below
+                ``num_elements``.
         """
+
+
+def address(array: NDArray[Any]) -> int:
+    """Where a kernel finds an array."""
+    assert array.flags.c_contiguous
+    return int(array.ctypes.data)

@@ -10,7 +10,8 @@ import numpy as np
 from rlsparse.checkpoint import Checkpoint
 from rlsparse.errors import PatchError
 from rlsparse.kernels import cast_bits
-from rlsparse.patch import METADATA_KEY, PATCH_FILE, Patch, check_base
+from rlsparse.patch import METADATA_KEY, PATCH_FILE, Changes, Patch
+from rlsparse.patch.apply import check_fit
 from rlsparse.tensor_file import Bits, TensorInfo, bits_dtype
 
 
@@ -37,13 +38,14 @@ class PatchedInfo(TensorInfo):
         stored = buffer
         if self.base.dtype != self.dtype:
             stored = np.empty(min(buffer.size, stop - start), bits_dtype(self.base.dtype))
-        position = first + start
+        changes, position = Changes(self.patch, self.source), first + start
         for bits in self.base.pieces(position, first + stop, stored) if start < stop else ():
-            piece = cast_bits(bits, self.base.dtype, self.dtype)
-            after = self.patch.after_bits(self.source, piece, position, position + piece.size)
-            buffer[: after.size] = after
-            yield buffer[: after.size]
-            position += after.size
+            piece = buffer[: bits.size]
+            if stored is not buffer:
+                piece[:] = cast_bits(bits, self.base.dtype, self.dtype)
+            changes.apply(piece, position)
+            yield piece
+            position += piece.size
 
 
 def open_side(path: Path | str, base: Checkpoint) -> tuple[Checkpoint, Patch | None]:
@@ -78,7 +80,7 @@ def patched(base: Checkpoint, patch: Patch) -> Checkpoint:
     Raises:
         PatchError: a tensor is missing in the base, or of another shape or format there.
     """
-    check_base(base, patch, patch.base_fingerprint)
+    check_fit(base, patch)
     arrays: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
     for key, info in patch.arrays.items():
         arrays[key.rpartition(".")[0]][key] = info
@@ -99,4 +101,4 @@ def patched(base: Checkpoint, patch: Patch) -> Checkpoint:
 
 def _is_copy(patch: Patch, name: str, owner: str) -> bool:
     one, other = patch.tensors.get(name), patch.tensors.get(owner)
-    return one is None or (other is not None and one.sha256 == other.sha256)
+    return one is None or (other is not None and one.xxh3_after == other.xxh3_after)

@@ -242,7 +242,7 @@ def test_an_error_concerns_its_pair_alone(cluster: str, tmp_path: Path) -> None:
         for seed, name in enumerate(("good", "gone", "cut", "patched", "other"))
     )
     damaged = tmp_path / "damaged.patch.safetensors"
-    info = write(patched, damaged).arrays[f"{QUERY}.val"]
+    info = write(patched, damaged).arrays[f"{QUERY}.data"]
     content = bytearray(damaged.read_bytes())
     content[info.offset] ^= 1
     damaged.write_bytes(content)
@@ -274,8 +274,8 @@ def test_an_error_concerns_its_pair_alone(cluster: str, tmp_path: Path) -> None:
     assert said[2].startswith(f"{weights[0]} is not there on node ")
     assert said[2].endswith(": give a shared folder or a URL")
     assert "was truncated while it was read" in said[3]
-    assert said[4].endswith(f"the result of {QUERY} has another checksum")
-    assert "belongs to the base with fingerprint" in said[5]
+    assert said[4].endswith(f"{QUERY}: the bytes of a block have another checksum")
+    assert "belongs to another base" in said[5]
     classes = [CheckpointError, Diff, CheckpointError, CheckpointError, PatchError, PatchError]
     assert [type(one) for one in found[:6]] == classes
     assert all("\n" not in line for line in said.values())

@@ -1,0 +1,230 @@
+"""``rlsparse patch``: makes, applies and checks lossless patches, and says what is in one."""
+
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipelines.json_option import write_json
+from rlsparse.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rlsparse.checkpoint import Checkpoint
+    from rlsparse.patch import Patch
+
+SUFFIX = ".patch.safetensors"
+
+app = typer.Typer(
+    help="Lossless patches: what changed between two checkpoints, exactly.", no_args_is_help=True
+)
+
+Before = Annotated[
+    str, typer.Argument(metavar="BEFORE", show_default=False, help="The checkpoint patched.")
+]
+PatchPath = Annotated[
+    Path, typer.Argument(metavar="PATCH", show_default=False, help=f"Patch, *{SUFFIX}.")
+]
+Json = Annotated[
+    str | None, typer.Option("--json", metavar="PATH", help="Write it here too; - prints it alone.")
+]
+
+
+class Values(StrEnum):
+    """How values are coded."""
+
+    RELATIVE = "relative"
+    ABSOLUTE = "absolute"
+
+
+class Positions(StrEnum):
+    """How positions are coded."""
+
+    AUTO = "auto"
+    GAPS = "gaps"
+    BITMAP = "bitmap"
+    INDICES = "indices"
+
+
+class Compression(StrEnum):
+    """How everything is compressed."""
+
+    ZSTD = "zstd"
+    NONE = "none"
+
+
+@app.command()
+def make(
+    before: Before,
+    after: Annotated[str, typer.Argument(metavar="AFTER", show_default=False)],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="PATCH", show_default=False, help=f"*{SUFFIX}.")
+    ],
+    values: Annotated[
+        Values,
+        typer.Option(help="relative: steps from BEFORE, smallest; absolute: bits of AFTER."),
+    ] = Values.RELATIVE,
+    codec: Annotated[
+        Positions, typer.Option(help="auto: for each stretch what suits its density.")
+    ] = Positions.AUTO,
+    compression: Annotated[Compression, typer.Option()] = Compression.ZSTD,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite PATCH.")] = False,
+    json_path: Json = None,
+) -> None:
+    """Write what changed from BEFORE to AFTER, check it, and say what it takes."""
+    from rlsparse.checkpoint import Checkpoint
+    from rlsparse.patch import CODECS, apply
+    from rlsparse.patch.make import make_patch
+
+    _check_out(out, force)
+    sides = Checkpoint.open(before), Checkpoint.open(after)
+    begun = time.perf_counter()
+    patch = make_patch(
+        *sides, out, coding=values.value, compression=compression.value,
+        codec=next((name for name in CODECS if name == codec), None),
+    )  # fmt: skip
+    made = time.perf_counter()
+    for name in patch.tensors:
+        for _ in apply.after_pieces(sides[0], patch, name):
+            pass
+    applied = time.perf_counter()
+    num_bytes = sum(sides[1].tensors[name].size_bytes for name in patch.tensors)
+    found = _facts(patch) | {
+        "bytes_zstd": _compressed_bytes(sides[1], patch),
+        "encode_mb_per_s": num_bytes / 1e6 / (made - begun),
+        "apply_mb_per_s": num_bytes / 1e6 / (applied - made),
+    }
+    _show(found, json_path)
+
+
+@app.command("apply")
+def apply_command(
+    before: Before,
+    patch: PatchPath,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="AFTER", show_default=False, help="New folder.")
+    ],
+) -> None:
+    """Write the checkpoint after, with BEFORE's configuration, bit for bit."""
+    from rlsparse.patch import apply_patch
+
+    apply_patch(before, patch, out)
+    print(f"{out}: {patch} applied to {before}, all checksums agree")
+
+
+@app.command()
+def verify(before: Before, patch: PatchPath) -> None:
+    """Check that PATCH is whole, and that it gives what was there when it was made."""
+    from rlsparse.checkpoint import Checkpoint
+    from rlsparse.patch import Patch, verify_patch
+
+    opened = Patch.open(patch)
+    verify_patch(Checkpoint.open(before), opened)
+    print(f"{patch}: whole, fits {before}, {opened.num_changed:,} changed weights")
+
+
+@app.command()
+def info(patch: PatchPath, json_path: Json = None) -> None:
+    """What is in a patch; its header and tables are read alone."""
+    from rlsparse.patch import Patch
+
+    _show(_facts(Patch.open(patch)), json_path)
+
+
+# --- small parts -----------------------------------------------------------------------------
+
+
+def _check_out(out: Path, force: bool) -> None:
+    """Refuse now what could not be written after minutes of work."""
+    if not out.name.endswith(SUFFIX):
+        raise ConfigError(f"-o {out}: patches are called *{SUFFIX}, by which they are known")
+    if out.exists() and not force:
+        raise ConfigError(f"{out} is there already; give another -o, or --force")
+    if not out.parent.is_dir():
+        raise ConfigError(f"-o {out}: there is no folder {out.parent}; make it first")
+
+
+def _facts(patch: "Patch") -> dict[str, Any]:
+    """What a patch says of itself; sizes of the dense checkpoint are those of its tensors."""
+    from rlsparse.patch import CODECS
+    from rlsparse.tensor_file import ITEMSIZE
+
+    names, codecs = [*CODECS], Counter[str]()
+    for name in patch.tensors:
+        for entry, _ in patch.blocks(name):
+            codecs[names[entry.codec]] += entry.num_changed
+    sizes = {name: math.prod(one.shape) for name, one in patch.tensors.items()}
+    dense = sum(ITEMSIZE[patch.tensors[name].dtype] * size for name, size in sizes.items())
+    changed = patch.num_changed
+    each = patch.size_bytes / changed if changed else None
+    return {
+        "patch": str(patch.path),
+        "base_fingerprint": patch.base_fingerprint,
+        "values": patch.values,
+        "metadata": patch.metadata,
+        "num_tensors": len(patch.tensors),
+        "num_tensors_changed": sum(one.num_changed > 0 for one in patch.tensors.values()),
+        "num_weights": sum(sizes.values()),
+        "num_changed": changed,
+        "changed_by_codec": dict(codecs),
+        "bytes": patch.size_bytes,
+        "bytes_dense": dense,
+        "bytes_per_change": each,
+        "dense_is_smaller_from": min(1.0, dense / sum(sizes.values()) / each) if each else None,
+    }
+
+
+def _compressed_bytes(after: "Checkpoint", patch: "Patch") -> int:
+    """Bytes of the tensors after, compressed by zstd at level 1, piece by piece."""
+    import pyarrow
+
+    from rlsparse.patch.write import cast_pieces
+
+    codec = pyarrow.Codec("zstd", 1)
+
+    def pieces() -> Iterator[Any]:
+        for name in patch.tensors:
+            yield from cast_pieces(after.tensors[name], after.tensors[name].dtype)
+
+    return sum(codec.compress(piece.data).size for piece in pieces())
+
+
+def _show(found: dict[str, Any], json_path: str | None) -> None:
+    if json_path is not None:
+        write_json(json_path, json.dumps(found, indent=1))
+    if json_path != "-":
+        print("\n".join(_lines(found)))
+
+
+def _lines(found: dict[str, Any]) -> Iterator[str]:
+    num, num_weights = found["num_changed"], max(found["num_weights"], 1)
+    yield f"patch    {found['patch']}, values {found['values']}"
+    yield f"base     {found['base_fingerprint'][:12]}"
+    yield from (f"{key:8} {value}" for key, value in found["metadata"].items())
+    by = ", ".join(f"{name} {count:,}" for name, count in found["changed_by_codec"].items())
+    share = f"{100 * num / num_weights:.4g} %"
+    yield (
+        f"changed  {num:,} of {found['num_weights']:,} weights ({share}) in "
+        f"{found['num_tensors_changed']} of {found['num_tensors']} tensors{f'; {by}' if by else ''}"
+    )
+    shares = [
+        f"{100 * found['bytes'] / found[key]:.4g} % of {what}"
+        for key, what in (("bytes_dense", "the checkpoint"), ("bytes_zstd", "it under zstd"))
+        if found.get(key)
+    ]
+    yield f"bytes    {found['bytes']:,}: {', '.join(shares)}"
+    if num:
+        yield (
+            f"         {found['bytes_per_change']:.3g} per changed weight; at that a copy of the "
+            f"checkpoint is smaller from {100 * found['dense_is_smaller_from']:.3g} % changed"
+        )
+    if "encode_mb_per_s" in found:
+        yield (
+            f"speed    made at {found['encode_mb_per_s']:,.0f} MB of checkpoint a second (the base "
+            f"fingerprinted too), applied and checked at {found['apply_mb_per_s']:,.0f}"
+        )

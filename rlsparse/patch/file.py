@@ -1,0 +1,271 @@
+"""A patch file that was opened: its header, its tables, and what they say of each tensor."""
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from rlsparse.errors import CheckpointError, PatchError
+from rlsparse.patch import blocks, values
+from rlsparse.patch.blocks import Block, Entry
+from rlsparse.patch.codec import Positions
+from rlsparse.patch.values import CODINGS, Coding
+from rlsparse.tensor_file import ITEMSIZE, Bits, TensorInfo, read_header
+
+FORMAT_VERSION = "2"
+METADATA_KEY = "rlsparse_patch"
+CHECKSUM_KEY = "rlsparse_patch_checksum"
+"""xxh3 (128 bits, hex) of what is at ``METADATA_KEY``, which has those of tables and tensors."""
+PATCH_FILE = "weights.patch.safetensors"
+
+_AGAIN = "write it again"
+MAX_BLOCK = 2**31
+"""Elements of a block, so that positions fit 32 bits."""
+
+
+@dataclass(frozen=True)
+class PatchedTensor:
+    """What a patch says of one tensor.
+
+    Attributes:
+        dtype: short name of its number format, before (cast, if need be) and after.
+        shape: of the tensor.
+        num_changed: elements whose bits differ.
+        xxh3_before: xxh3 (128 bits, hex) of all its bytes before.
+        xxh3_after: likewise after.
+        xxh3_table: of its blocks and sizes; "" if nothing changed.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    num_changed: int
+    xxh3_before: str
+    xxh3_after: str
+    xxh3_table: str
+
+
+@dataclass(frozen=True)
+class Patch:
+    """An opened patch; holds no file handle, so it pickles and needs no closing.
+
+    Attributes:
+        path: the file.
+        values: how values are coded.
+        base_fingerprint: ``checkpoint.fingerprint`` of the checkpoint that it applies to.
+        metadata: notes of whoever wrote it.
+        tensors: name -> what it says of that tensor.
+        arrays: the arrays in the file, ``<tensor>.<array>``.
+    """
+
+    path: Path
+    values: Coding
+    base_fingerprint: str
+    metadata: dict[str, str]
+    tensors: dict[str, PatchedTensor]
+    arrays: dict[str, TensorInfo]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Patch":
+        """Open a patch and check that all its parts are there; payloads are not read.
+
+        Raises:
+            PatchError: not a patch, of another format version, or damaged.
+        """
+        path = Path(path)
+        try:
+            arrays, notes = read_header(path)
+        except CheckpointError as error:
+            raise PatchError(f"not a readable patch: {error}") from error
+        if METADATA_KEY not in notes:
+            raise PatchError(f"{path} is not a patch: no {METADATA_KEY} in its metadata")
+        text = notes[METADATA_KEY]
+        try:
+            content = json.loads(text)
+            if content["version"] != FORMAT_VERSION:
+                raise PatchError(
+                    f"{path} is a patch of format {content['version']}, this release reads "
+                    f"{FORMAT_VERSION}: write it again with this release"
+                )
+            if notes.get(CHECKSUM_KEY) != xxhash.xxh3_128_hexdigest(text.encode()):
+                raise ValueError("another checksum")
+            if content["values"] not in CODINGS:
+                raise ValueError(f"values are {content['values']!r}")
+            tensors = {
+                name: PatchedTensor(**{**entry, "shape": tuple(entry["shape"])})
+                for name, entry in content["tensors"].items()
+            }
+            patch = cls(
+                path, content["values"], content["base_fingerprint"], content["metadata"],
+                tensors, arrays,
+            )  # fmt: skip
+            for name, tensor in tensors.items():
+                patch._check(name, tensor)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, PatchError):
+                raise
+            raise PatchError(f"{path} has a damaged patch header ({error!r}): {_AGAIN}") from error
+        return patch
+
+    def _check(self, name: str, tensor: PatchedTensor) -> None:
+        width = self._num_streams(tensor)
+        if not 0 <= tensor.num_changed <= math.prod(tensor.shape):
+            raise ValueError(f"{tensor.num_changed} changes of {name}")
+        if not tensor.num_changed:
+            return
+        found = [self.arrays.get(f"{name}.{key}") for key in ("blocks", "sizes", "data")]
+        expected = [("u64", len(Entry._fields)), ("u64", width), ("u8", None)]
+        rows = found[0].shape[0] if found[0] is not None and found[0].shape else 0
+        for info, (dtype, columns) in zip(found, expected, strict=True):
+            if (
+                info is None
+                or info.dtype != dtype
+                or (columns is not None and info.shape != (rows, columns))
+            ):
+                raise ValueError(f"arrays of {name}")
+
+    def _num_streams(self, tensor: PatchedTensor) -> int:
+        return 1 + len(values.stream_bytes(self.values, ITEMSIZE[tensor.dtype], 0))
+
+    def blocks(self, name: str) -> list[tuple[Entry, list[int]]]:
+        """The table of a tensor: of each block its entry and the sizes of its streams.
+
+        Raises:
+            PatchError: it contradicts itself.
+        """
+        tensor = self.tensors.get(name)
+        if tensor is None or not tensor.num_changed:
+            return []
+        try:
+            columns, width = len(Entry._fields), self._num_streams(tensor)
+            read = [self.arrays[f"{name}.{key}"].read() for key in ("blocks", "sizes")]
+        except CheckpointError as error:
+            raise PatchError(f"{self.path} is damaged at tensor {name}: {error}") from error
+        if table_checksum(*read) != tensor.xxh3_table:
+            raise PatchError(f"{self.path} is damaged: the table of {name} has another checksum")
+        entries = [Entry(*row) for row in read[0].reshape(-1, columns).tolist()]
+        sizes = read[1].reshape(-1, width).tolist()
+        stops = [0, *(entry.stop for entry in entries)]
+        lengths = [stop - start for start, stop in itertools.pairwise(stops)]
+        if (
+            stops[-1] != math.prod(tensor.shape)
+            or any(not 0 < length <= MAX_BLOCK for length in lengths)
+            or any(e.num_changed > n for e, n in zip(entries, lengths, strict=True))
+            or any(e.position_bytes > 8 * n for e, n in zip(entries, lengths, strict=True))
+            or sum(entry.num_changed for entry in entries) != tensor.num_changed
+            or sum(map(sum, sizes)) != self.arrays[f"{name}.data"].num_elements
+        ):
+            raise PatchError(
+                f"{self.path} is damaged: the table of tensor {name} contradicts itself"
+            )
+        return [*zip(entries, sizes, strict=True)]
+
+    @property
+    def num_changed(self) -> int:
+        """Weights whose bits differ, over all tensors."""
+        return sum(tensor.num_changed for tensor in self.tensors.values())
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the file."""
+        return self.path.stat().st_size
+
+
+def table_checksum(entries: Bits, sizes: Bits) -> str:
+    """xxh3 (128 bits, hex) of the table of a tensor."""
+    digest = xxhash.xxh3_128(entries.data)
+    digest.update(sizes.data)
+    return digest.hexdigest()
+
+
+class Changes:
+    """What a patch changes in one tensor, for pieces of it in order.
+
+    The block that is at hand is kept decoded: some hundred kilobytes.
+
+    Args:
+        patch: the patch.
+        name: a tensor; of one that the patch does not list nothing is changed.
+
+    Raises:
+        PatchError: the table of the tensor contradicts itself.
+    """
+
+    def __init__(self, patch: Patch, name: str) -> None:
+        self._patch = patch
+        self._name = name
+        self._table = patch.blocks(name)
+        self._stops = np.array([entry.stop for entry, _ in self._table], np.int64)
+        ends = np.cumsum([0, *(sum(sizes) for _, sizes in self._table)]).tolist()
+        self._offsets: list[int] = ends
+        self._at = -1
+        self._block = Block(np.empty(0, np.uint32), np.empty((0, 0), np.uint8))
+
+    def between(
+        self, start: int, stop: int
+    ) -> Iterator[tuple[Positions, np.ndarray[Any, Any], int]]:
+        """Changes of the flat elements [start, stop), block by block.
+
+        Yields:
+            Positions counted from ``start`` [k]; planes of values, and which of these values is
+            the first of the k.
+
+        Raises:
+            PatchError: the patch is damaged.
+        """
+        assert stop - start <= MAX_BLOCK
+        number = int(np.searchsorted(self._stops, start, side="right"))
+        while number < len(self._table):
+            begin = int(self._stops[number - 1]) if number else 0
+            if begin >= stop:
+                return
+            block = self._decoded(number, begin)
+            ends = np.clip([start - begin, stop - begin], 0, MAX_BLOCK).astype(np.uint32)
+            low, high = np.searchsorted(block.positions, ends).tolist()
+            if low < high:
+                yield (
+                    block.positions[low:high] + np.uint32((begin - start) % 2**32),
+                    block.planes,
+                    low,
+                )
+            number += 1
+
+    def apply(self, bits: Bits, start: int) -> None:
+        """Turn the bits before of the flat elements from ``start`` on into those after, in place.
+
+        Raises:
+            PatchError: the patch is damaged.
+        """
+        for positions, planes, first in self.between(start, start + bits.size):
+            values.join(self._patch.values, planes, first, positions, bits)
+
+    def check(self) -> None:
+        """Read and decode all blocks.
+
+        Raises:
+            PatchError: one is damaged.
+        """
+        for number in range(len(self._table)):
+            self._decoded(number, int(self._stops[number - 1]) if number else 0)
+
+    def _decoded(self, number: int, start: int) -> Block:
+        if number != self._at:
+            entry, sizes = self._table[number]
+            dtype = self._patch.tensors[self._name].dtype
+            data = self._patch.arrays[f"{self._name}.data"]
+            try:
+                payload = data.read(*self._offsets[number : number + 2])
+                self._block = blocks.decode(
+                    payload, entry, start, sizes, self._patch.values, ITEMSIZE[dtype]
+                )
+            except (PatchError, CheckpointError) as error:
+                raise PatchError(
+                    f"{self._patch.path} is damaged at tensor {self._name}: {error}"
+                ) from error
+            self._at = number
+        return self._block

@@ -1,0 +1,143 @@
+"""``rlsparse patch``: what it makes and says, and every mistake in one line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import planted
+import pytest
+import typer
+from planted import Pair, Tensor, make_pair, random_tensor, write_folder
+from typer.testing import CliRunner
+
+from pipelines import patch_command
+from rlsparse.checkpoint import Checkpoint, fingerprint
+from rlsparse.errors import CheckpointError, ConfigError, PatchError
+from rlsparse.patch import Patch
+
+P = "p.patch.safetensors"
+
+
+@pytest.fixture
+def run():
+    """Runs the command in this process; gives what it printed."""
+
+    def call(*arguments: object) -> str:
+        app = typer.Typer()
+        app.add_typer(patch_command.app, name="patch")
+        result = CliRunner().invoke(app, ["patch", *map(str, arguments)])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    return call
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
+    """A pair in the working directory, 10 % of whose weights changed."""
+    monkeypatch.chdir(tmp_path)
+    return make_pair(tmp_path)
+
+
+@pytest.mark.parametrize("values", ["relative", "absolute"])
+@pytest.mark.parametrize("codec", ["auto", "gaps", "bitmap", "indices"])
+def test_there_and_back(run, pair: Pair, values: str, codec: str) -> None:
+    said = run("make", "before", "after", "-o", P, "--values", values, "--codec", codec)
+    num_changed = sum(int(changed.sum()) for changed in pair.changed.values())
+    size = sum(tensor.bits.size for tensor in pair.tensors_before.values())
+    assert f"changed  {num_changed:,} of {size:,} weights" in said
+    assert f"values {values}" in said
+    if codec != "auto":
+        assert f"; {codec} {num_changed:,}\n" in said
+    assert f"{num_changed:,} changed weights" in run("verify", "before", P)
+    assert "all checksums agree" in run("apply", "before", P, "-o", "out")
+    assert fingerprint(Checkpoint.open("out")) == fingerprint(Checkpoint.open("after"))
+
+
+def test_numbers_are_those_of_the_files(run, pair: Pair) -> None:
+    made = json.loads(run("make", "before", "after", "-o", P, "--json", "-"))
+    patch = Patch.open(P)
+    assert made["bytes"] == Path(P).stat().st_size
+    assert made["bytes_dense"] == sum(2 * t.bits.size for t in pair.tensors_after.values())
+    assert made["bytes_per_change"] == pytest.approx(made["bytes"] / patch.num_changed, rel=1e-9)
+    assert made["dense_is_smaller_from"] == min(1.0, 2 / made["bytes_per_change"])
+    assert 0.5 < made["bytes_zstd"] / made["bytes_dense"] < 1.5
+    assert made["encode_mb_per_s"] > 0 < made["apply_mb_per_s"]
+    info = json.loads(run("info", P, "--json", "-"))
+    assert {k: v for k, v in made.items() if k in info} == info
+    assert sum(info["changed_by_codec"].values()) == patch.num_changed
+
+
+def test_a_patch_in_another_format_is_against_the_cast_base(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    narrow = random_tensor(rng, "bf16", (8, 16))
+    wide = Tensor("fp32", (8, 16), (narrow.bits.astype(np.uint32) << 16) + np.uint32(3))
+    write_folder(tmp_path / "before", {"w": narrow})
+    write_folder(tmp_path / "after", {"w": wide})
+    run("make", "before", "after", "-o", P)
+    run("apply", "before", P, "-o", "out")
+    out = Checkpoint.open("out")
+    assert out.tensors["w"].dtype == "fp32"
+    assert np.array_equal(out.read_bits("w"), wide.bits)
+
+
+@pytest.mark.parametrize("is_copy", [True, False])
+def test_a_tied_head_is_listed_only_where_it_differs(run, tmp_path, monkeypatch, is_copy) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    tied, other = (random_tensor(rng, "bf16", (5, 8)) for _ in range(2))
+    after, _ = planted.plant(rng, tied, 0.5)
+    config = {"tie_word_embeddings": True}
+    write_folder(tmp_path / "before", {head: tied, embedding: tied}, config)
+    write_folder(tmp_path / "after", {head: after if is_copy else other, embedding: after}, config)
+    run("make", "before", "after", "-o", P)
+    assert set(Patch.open(P).tensors) == {embedding, *([] if is_copy else [head])}
+    run("apply", "before", P, "-o", "out")
+    for name in (head, embedding):
+        expected = Checkpoint.open("after").tensors[name].read()
+        assert np.array_equal(Checkpoint.open("out").tensors[name].read(), expected)
+
+
+def test_checkpoints_that_are_not_alike_write_nothing(run, pair: Pair, tmp_path: Path) -> None:
+    name = "model.embed_tokens.weight"
+    without = {k: v for k, v in pair.tensors_after.items() if k != name}
+    tensor = pair.tensors_after[name]
+    others = {
+        r"before alone has model.embed_tokens.weight": without,
+        r"other\d alone has extra": {**pair.tensors_after, "extra": tensor},
+        r"is bf16 \[37, 16\] before, bf16 \[16, 37\] after": {
+            **pair.tensors_after, name: Tensor("bf16", (16, 37), tensor.bits),
+        },
+        r"before, u8 \[37, 16\] after": {
+            **pair.tensors_after, name: Tensor("u8", tensor.shape, tensor.bits.astype(np.uint8)),
+        },
+    }  # fmt: skip
+    for number, (message, tensors) in enumerate(others.items()):
+        write_folder(tmp_path / f"other{number}", tensors)
+        with pytest.raises(PatchError, match=message):
+            run("make", "before", f"other{number}", "-o", P)
+        assert not Path(P).exists()
+
+
+def test_mistakes_are_told_before_work_begins(run, pair: Pair) -> None:
+    with pytest.raises(ConfigError, match=r"patches are called \*.patch.safetensors"):
+        run("make", "before", "after", "-o", "p.safetensors")
+    with pytest.raises(ConfigError, match="there is no folder no"):
+        run("make", "before", "after", "-o", f"no/{P}")
+    run("make", "before", "after", "-o", P)
+    with pytest.raises(ConfigError, match="is there already; give another -o, or --force"):
+        run("make", "before", "after", "-o", P)
+    run("make", "after", "before", "-o", P, "--force")
+    with pytest.raises(PatchError, match="belongs to another base"):
+        run("apply", "before", P, "-o", "out")
+    with pytest.raises(PatchError, match="belongs to another base"):
+        run("verify", "before", P)
+    with pytest.raises(PatchError, match="not a readable patch: cannot read missing"):
+        run("info", "missing")
+    with pytest.raises(CheckpointError):
+        run("make", "before", "nowhere", "-o", "q.patch.safetensors")
+    assert not Path("out").exists()
