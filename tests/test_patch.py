@@ -246,8 +246,9 @@ def test_file_is_deterministic_and_open_to_others(tmp_path, pair):
     }
     data = stored[f"{name}.data"].tobytes()
     sizes = stored[f"{name}.sizes"].tolist()
-    number = list(CODECS).index("bitmap")
-    row = [256, int(changed.sum()), number, 32, xxhash.xxh3_64_intdigest(data)]
+    number = list(CODECS).index("gaps")
+    skipped = np.diff(np.flatnonzero(changed), prepend=-1) - 1
+    row = [256, int(changed.sum()), number, len(leb128(skipped)), xxhash.xxh3_64_intdigest(data)]
     assert stored[f"{name}.blocks"].tolist() == [row]
     assert (len(sizes), len(sizes[0]), sum(sizes[0])) == (1, 4, len(data))
     assert content["tensors"]["model.norm.weight"]["num_changed"] == 0

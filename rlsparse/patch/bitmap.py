@@ -1,4 +1,4 @@
-"""Codec ``bitmap``: one bit per element; compact where more than about one in twelve changed."""
+"""Codec ``bitmap``: one bit per element; compact where more than about one in five changed."""
 
 import numpy as np
 
