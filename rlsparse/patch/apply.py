@@ -22,6 +22,11 @@ def check_fit(base: Checkpoint, patch: Patch) -> None:
         PatchError: a tensor is missing, of another shape, or of a format that cannot be cast.
     """
     for name, tensor in patch.tensors.items():
+        if tensor.part is not None:
+            raise PatchError(
+                f"{patch.path} is of a part of {name}, as one of several workers wrote it: apply "
+                "it together with the others (rlsparse.weight_sync)"
+            )
         info = base.tensors.get(name)
         if info is None:
             raise PatchError(f"{patch.path} changes tensor {name}, which {base.path} lacks")

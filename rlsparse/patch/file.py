@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class PatchedTensor:
         xxh3_before: xxh3 (128 bits, hex) of all its bytes before.
         xxh3_after: likewise after.
         xxh3_table: of its blocks and sizes; "" if nothing changed.
+        part: the flat elements [start, stop) of which alone all this is said, if the patch is of a
+            worker that holds no more; blocks count from its start. None: all.
     """
 
     dtype: str
@@ -48,6 +50,25 @@ class PatchedTensor:
     xxh3_before: str
     xxh3_after: str
     xxh3_table: str
+    part: tuple[int, int] | None = None
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of which the patch says whether they changed."""
+        start, stop = self.part or (0, math.prod(self.shape))
+        return stop - start
+
+    def entry(self) -> dict[str, Any]:
+        """As the header has it: without ``part`` where that is all."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def of(cls, entry: dict[str, Any]) -> "PatchedTensor":
+        """The way back."""
+        sequences: dict[str, Any] = {
+            key: tuple(entry[key]) for key in ("shape", "part") if key in entry
+        }
+        return cls(**{**entry, **sequences})
 
 
 @dataclass(frozen=True)
@@ -96,10 +117,7 @@ class Patch:
                 raise ValueError("another checksum")
             if content["values"] not in CODINGS:
                 raise ValueError(f"values are {content['values']!r}")
-            tensors = {
-                name: PatchedTensor(**{**entry, "shape": tuple(entry["shape"])})
-                for name, entry in content["tensors"].items()
-            }
+            tensors = {name: PatchedTensor.of(entry) for name, entry in content["tensors"].items()}
             patch = cls(
                 path, content["values"], content["base_fingerprint"], content["metadata"],
                 tensors, arrays,
@@ -114,20 +132,18 @@ class Patch:
 
     def _check(self, name: str, tensor: PatchedTensor) -> None:
         width = self._num_streams(tensor)
-        if not 0 <= tensor.num_changed <= math.prod(tensor.shape):
+        start, stop = tensor.part or (0, math.prod(tensor.shape))
+        if not 0 <= start <= stop <= math.prod(tensor.shape):
+            raise ValueError(f"elements {start} to {stop} of {name}")
+        if not 0 <= tensor.num_changed <= tensor.num_elements:
             raise ValueError(f"{tensor.num_changed} changes of {name}")
         if not tensor.num_changed:
             return
-        found = [self.arrays.get(f"{name}.{key}") for key in ("blocks", "sizes", "data")]
-        expected = [("u64", len(Entry._fields)), ("u64", width), ("u8", None)]
-        rows = found[0].shape[0] if found[0] is not None and found[0].shape else 0
-        for info, (dtype, columns) in zip(found, expected, strict=True):
-            if (
-                info is None
-                or info.dtype != dtype
-                or (columns is not None and info.shape != (rows, columns))
-            ):
-                raise ValueError(f"arrays of {name}")
+        found = [self.arrays[f"{name}.{key}"] for key in ("blocks", "sizes", "data")]
+        kinds = [(info.dtype, len(info.shape), info.shape[1:]) for info in found]
+        expected = [("u64", 2, (len(Entry._fields),)), ("u64", 2, (width,)), ("u8", 1, ())]
+        if kinds != expected or found[0].shape[0] != found[1].shape[0]:
+            raise ValueError(f"arrays of {name}")
 
     def _num_streams(self, tensor: PatchedTensor) -> int:
         return 1 + len(values.stream_bytes(self.values, ITEMSIZE[tensor.dtype], 0))
@@ -153,7 +169,7 @@ class Patch:
         stops = [0, *(entry.stop for entry in entries)]
         lengths = [stop - start for start, stop in itertools.pairwise(stops)]
         if (
-            stops[-1] != math.prod(tensor.shape)
+            stops[-1] != tensor.num_elements
             or any(not 0 < length <= MAX_BLOCK for length in lengths)
             or any(e.num_changed > n for e, n in zip(entries, lengths, strict=True))
             or any(e.position_bytes > 8 * n for e, n in zip(entries, lengths, strict=True))

@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -162,15 +161,23 @@ class PatchBuilder:
         self._notes = notes
         self._tensors: dict[str, TensorBuilder] = {}
 
-    def tensor(self, name: str, dtype: str, shape: Sequence[int]) -> "TensorBuilder":
-        """Begin a tensor; the one before must be closed.
+    def tensor(
+        self, name: str, dtype: str, shape: Sequence[int], part: tuple[int, int] | None = None
+    ) -> "TensorBuilder":
+        """Begin a tensor, or a part of one; the one before must be closed.
+
+        Args:
+            name: of the tensor.
+            dtype: short name of its format.
+            shape: of the whole tensor.
+            part: the flat elements [start, stop) that will be added; None adds all.
 
         Raises:
             PatchError: it was given before.
         """
         if name in self._tensors:
             raise PatchError(f"cannot write {self.path}: tensor {name} is given twice")
-        self._tensors[name] = TensorBuilder(self, name, dtype, shape)
+        self._tensors[name] = TensorBuilder(self, name, dtype, shape, part)
         return self._tensors[name]
 
     def write(self) -> None:
@@ -180,7 +187,7 @@ class PatchBuilder:
             "version": FORMAT_VERSION,
             "values": self.coding,
             **self._notes,
-            "tensors": {name: asdict(one.summary()) for name, one in self._tensors.items()},
+            "tensors": {name: one.summary().entry() for name, one in self._tensors.items()},
         }
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         notes = {METADATA_KEY: text, CHECKSUM_KEY: xxhash.xxh3_128_hexdigest(text.encode())}
@@ -202,39 +209,53 @@ class PatchBuilder:
 class TensorBuilder:
     """Encodes one tensor from pieces in order; see ``PatchBuilder.tensor``."""
 
-    def __init__(self, patch: PatchBuilder, name: str, dtype: str, shape: Sequence[int]) -> None:
+    def __init__(
+        self,
+        patch: PatchBuilder,
+        name: str,
+        dtype: str,
+        shape: Sequence[int],
+        part: tuple[int, int] | None,
+    ) -> None:
         self.name = name
         self.entries: list[Entry] = []
         self.sizes: list[list[int]] = []
         self._patch = patch
-        self._dtype, self._shape = dtype, tuple(shape)
+        self._dtype, self._shape, self._part = dtype, tuple(shape), part
+        self._checksums = ("", "")
         self._hashes = xxhash.xxh3_128(), xxhash.xxh3_128()
         self._begun = self._at = self._waiting = 0
         self._parts: list[Block] = []
 
     def compare(self, before: Bits, after: Bits) -> None:
         """Add the next elements, of both sides; at most ``MAX_BLOCK`` at a time."""
-        for digest, bits in zip(self._hashes, (before, after), strict=True):
-            digest.update(bits.data)
         words = np.empty(-(-before.size // 64), np.uint64)
         num_changed = compare(before, after, words)
-        positions = set_bits(words, num_changed)
-        self._add(
-            before.size, positions, values.split(self._patch.coding, before, after, positions)
-        )
+        self.add(before, after, set_bits(words, num_changed))
 
-    def _add(self, size: int, positions: Positions, planes: NDArray[np.uint8]) -> None:
-        if self._at + size - self._begun > MAX_BLOCK:
+    def add(self, before: Bits, after: Bits, positions: Positions) -> None:
+        """``compare``, where it is known at which positions [k] the sides differ."""
+        for digest, bits in zip(self._hashes, (before, after), strict=True):
+            digest.update(bits.data)
+        if self._at + before.size - self._begun > MAX_BLOCK:
             self._flush()
+        planes = values.split(self._patch.coding, before, after, positions)
         self._parts.append(Block(positions + np.uint32(self._at - self._begun), planes))
-        self._at += size
+        self._at += before.size
         self._waiting += positions.size
         if self._waiting >= BLOCK_CHANGES:
             self._flush()
 
-    def close(self) -> None:
-        """Encode what is left."""
+    def close(self, checksums: tuple[str, str] | None = None) -> None:
+        """Encode what is left.
+
+        Args:
+            checksums: of the tensor before and after, where what was added has only the same
+                changes and not the same bits.
+        """
         self._flush()
+        before, after = (digest.hexdigest() for digest in self._hashes)
+        self._checksums = checksums or (before, after)
 
     def _flush(self) -> None:
         if self._at == self._begun:
@@ -253,9 +274,10 @@ class TensorBuilder:
 
     def summary(self) -> PatchedTensor:
         """What the header says of the tensor."""
-        before, after = (digest.hexdigest() for digest in self._hashes)
         table = table_checksum(*self.tables()) if self.num_changed else ""
-        return PatchedTensor(self._dtype, self._shape, self.num_changed, before, after, table)
+        return PatchedTensor(
+            self._dtype, self._shape, self.num_changed, *self._checksums, table, self._part
+        )
 
     def tables(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         """Entries and sizes of its blocks, as they are stored."""
