@@ -363,7 +363,7 @@ def test_threads_are_made_anew_after_a_fork():
 
 def test_every_kernel_compiles():
     """Those of forms and formats that no other test meets, too."""
-    assert len(KERNELS) == 3 * (2 * 3 + 2 + 2 * 3)
+    assert len(KERNELS) == 3 * (2 * 4 + 2 + 2 * 3)
     for maker in KERNELS.values():
         function, signature = maker()
         assert callable(function)

@@ -288,7 +288,11 @@ features.update({"sse4.2": True, "popcnt": True})
 llvm.get_host_cpu_name, llvm.get_host_cpu_features = lambda: "x86-64-v2", lambda: features
 import numpy as np
 from rlsparse.kernels import measure
-counts = measure(np.load(sys.argv[1]), np.load(sys.argv[2]), sys.argv[3])
+from rlsparse.kernels.compare import compare, set_bits
+sides = [np.load(file) for file in sys.argv[1:3]]
+words = np.empty(-(-sides[0].size // 64), np.uint64)
+print(set_bits(words, compare(*sides, words)).tolist())
+counts = measure(*sides, sys.argv[3])
 print([value for name, value in vars(counts).items() if name not in ("mask", "sum_sq_before")])
 """
 
@@ -306,9 +310,10 @@ def test_a_processor_without_wide_vectors_counts_the_same(tmp_path):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     counts = vars(kernels.measure(before, after, "fp16"))
-    assert done.stdout.strip() == str(
-        [value for name, value in counts.items() if name not in ("mask", "sum_sq_before")]
-    )
+    assert done.stdout.splitlines() == [
+        str(np.flatnonzero(before != after).tolist()),
+        str([value for name, value in counts.items() if name not in ("mask", "sum_sq_before")]),
+    ]
 
 
 def test_definitions_on_known_pairs():

@@ -187,23 +187,18 @@ def test_relative_values_are_zigzag_steps_between_codes_in_order(width):
     )
     before, after = np.concatenate([np.array(pairs, item).T, drawn], axis=1)
     everywhere = np.arange(before.size, dtype=np.uint32)
-    planes = values.split("relative", before, after, everywhere)
-    found = [sum(int(byte) << 8 * p for p, byte in enumerate(column)) for column in planes.T]
-    for number, (low, high) in zip(
-        found, zip(before.tolist(), after.tolist(), strict=True), strict=True
-    ):
+    steps = values.find("relative", before, after, everywhere)
+    for number, low, high in zip(steps.tolist(), before.tolist(), after.tolist(), strict=True):
         step = (code_of(high, width) - code_of(low, width)) % (1 << width)
         assert number == (2 * step if step < top else 2 * ((1 << width) - step) - 1)
-    absolute = values.split("absolute", before, after, everywhere)
-    assert np.array_equal(absolute.T.copy().view(f"<u{width // 8}").ravel(), after)
+    assert np.array_equal(values.find("absolute", before, after, everywhere), after)
     some = np.array([3, 4, 50, 51], np.uint32)
-    for coding, whole in (("relative", planes), ("absolute", absolute)):
+    for coding in CODINGS:
         bits = before.copy()
-        values.join(coding, whole, 0, everywhere, bits)
+        values.apply(coding, values.find(coding, before, after, everywhere), everywhere, bits)
         assert np.array_equal(bits, after)
-        part, bits = values.split(coding, before, after, some), before.copy()
-        assert np.array_equal(part, whole[:, some])
-        values.join(coding, part, 1, some[1:3], bits)
+        found, bits = values.find(coding, before, after, some), before.copy()
+        values.apply(coding, found[1:3], some[1:3], bits)
         assert np.flatnonzero(bits != before).tolist() == [
             i for i in (4, 50) if after[i] != before[i]
         ]
@@ -211,14 +206,16 @@ def test_relative_values_are_zigzag_steps_between_codes_in_order(width):
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 7, 1000])
+@pytest.mark.parametrize("width", [8, 16, 32, 64])
 @pytest.mark.parametrize("coding", CODINGS)
-def test_streams_of_values(coding, size):
-    planes = np.random.default_rng(0).integers(0, 256, (2, size), np.uint8)
-    stored = values.streams(coding, planes)
-    assert [stream.size for stream in stored] == values.stream_bytes(coding, 2, size)
-    assert np.array_equal(values.planes_of(coding, stored, size), planes)
+def test_streams_of_values(coding, width, size):
+    numbers = np.random.default_rng(0).integers(0, 2**width - 1, size, f"<u{width // 8}")
+    numbers[: size // 2] &= numbers.dtype.type(255)
+    stored = values.streams(coding, numbers)
+    assert [stream.size for stream in stored] == values.stream_bytes(coding, width // 8, size)
+    assert np.array_equal(values.of_streams(coding, stored, size), numbers)
     if coding == "relative" and size == 7:
-        low = planes[0] & 15
+        low = (numbers & numbers.dtype.type(15)).astype(np.uint8)
         assert stored[0].tolist() == [*(low[:6:2] | low[1::2] << 4), low[6]]
 
 

@@ -309,7 +309,7 @@ def _update_for(name: str, form: str, kind: str) -> tuple[Callable[..., None], A
 
 KERNELS: dict[str, Callable[[], tuple[Callable[..., None], Any]]] = {}
 for _form in FORMS:
-    for _item in (types.uint16, types.uint32, types.uint64):
+    for _item in (types.uint8, types.uint16, types.uint32, types.uint64):
         KERNELS[f"take_{_form}_{_item.bitwidth}"] = partial(_take_for, _form, _item)
         KERNELS[f"put_{_form}_{_item.bitwidth}"] = partial(_put_for, _form, _item)
     for _dtype in ("fp32", "bf16"):

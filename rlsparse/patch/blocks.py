@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from rlsparse.errors import PatchError
 from rlsparse.patch import values
@@ -20,6 +19,7 @@ from rlsparse.patch.codec import Codec, Positions, Stream
 from rlsparse.patch.gaps import Gaps
 from rlsparse.patch.indices import Indices
 from rlsparse.patch.values import Coding
+from rlsparse.tensor_file import Bits
 
 CodecName = Literal["indices", "bitmap", "gaps"]
 Compression = Literal["zstd", "none"]
@@ -52,10 +52,10 @@ class Entry(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A decoded block: positions of changes [k], counted from its start, and planes [bytes, k]."""
+    """A decoded block: positions of changes [k], counted from its start, and their values [k]."""
 
     positions: Positions
-    planes: NDArray[np.uint8]
+    values: Bits
 
 
 def encode(
@@ -85,7 +85,7 @@ def encode(
     if not block.positions.size:
         name = "gaps"  # takes no bytes then
     positions = CODECS[name].encode(block.positions, size)
-    raw = (positions, *values.streams(coding, block.planes))
+    raw = (positions, *values.streams(coding, block.values))
     streams = [_smaller(stream, compression) for stream in raw]
     digest = xxhash.xxh3_64()
     for stream in streams:
@@ -122,7 +122,7 @@ def decode(
     positions = codec.decode(_expanded(stored[0], entry.position_bytes), whole, number)
     lengths = values.stream_bytes(coding, itemsize, number)
     found = [_expanded(*each) for each in zip(stored[1:], lengths, strict=True)]
-    return Block(positions, values.planes_of(coding, found, number))
+    return Block(positions, values.of_streams(coding, found, number))
 
 
 @cache

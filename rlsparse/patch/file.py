@@ -220,16 +220,13 @@ class Changes:
         ends = np.cumsum([0, *(sum(sizes) for _, sizes in self._table)]).tolist()
         self._offsets: list[int] = ends
         self._at = -1
-        self._block = Block(np.empty(0, np.uint32), np.empty((0, 0), np.uint8))
+        self._block = Block(np.empty(0, np.uint32), np.empty(0, np.uint8))
 
-    def between(
-        self, start: int, stop: int
-    ) -> Iterator[tuple[Positions, np.ndarray[Any, Any], int]]:
+    def between(self, start: int, stop: int) -> Iterator[tuple[Positions, Bits]]:
         """Changes of the flat elements [start, stop), block by block.
 
         Yields:
-            Positions counted from ``start`` [k]; planes of values, and which of these values is
-            the first of the k.
+            Positions counted from ``start`` [k], and values [k].
 
         Raises:
             PatchError: the patch is damaged.
@@ -244,11 +241,8 @@ class Changes:
             ends = np.clip([start - begin, stop - begin], 0, MAX_BLOCK).astype(np.uint32)
             low, high = np.searchsorted(block.positions, ends).tolist()
             if low < high:
-                yield (
-                    block.positions[low:high] + np.uint32((begin - start) % 2**32),
-                    block.planes,
-                    low,
-                )
+                moved = block.positions[low:high] + np.uint32((begin - start) % 2**32)
+                yield moved, block.values[low:high]
             number += 1
 
     def apply(self, bits: Bits, start: int) -> None:
@@ -257,8 +251,8 @@ class Changes:
         Raises:
             PatchError: the patch is damaged.
         """
-        for positions, planes, first in self.between(start, start + bits.size):
-            values.join(self._patch.values, planes, first, positions, bits)
+        for positions, found in self.between(start, start + bits.size):
+            values.apply(self._patch.values, found, positions, bits)
 
     def check(self) -> None:
         """Read and decode all blocks.

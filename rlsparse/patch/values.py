@@ -1,4 +1,4 @@
-"""What changed weights became, as planes of bytes: byte p of every value, one plane after another.
+"""What changed weights became: a number per change, stored as planes of bytes, the lowest first.
 
 ``relative``: the step from the code before to the code after, among all codes in the order of
 their values (a negative x is ~x, any other x with the top bit set), modulo 2^width and zigzag, so
@@ -10,7 +10,6 @@ read them. ``absolute``: the bits after.
 from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rlsparse.kernels.machine_code import load
 from rlsparse.patch.codec import Positions, Stream, address
@@ -20,46 +19,49 @@ Coding = Literal["relative", "absolute"]
 CODINGS: tuple[Coding, ...] = get_args(Coding)
 
 
-def split(coding: Coding, before: Bits, after: Bits, positions: Positions) -> NDArray[np.uint8]:
-    """Planes [bytes per value, k] of ``after`` at positions [k]."""
-    planes = np.empty((after.itemsize, positions.size), np.uint8)
-    load(f"split_{coding}_{8 * after.itemsize}", 4, 2)(
-        address(before), address(after), address(positions), address(planes),
-        positions.size, positions.size,
-    )  # fmt: skip
-    return planes
+def find(coding: Coding, before: Bits, after: Bits, positions: Positions) -> Bits:
+    """The values [k] of what changed at positions [k]."""
+    values = _taken(after, positions)
+    if coding == "relative":
+        earlier = _taken(before, positions)
+        load(f"steps_{8 * values.itemsize}", 2, 1)(address(earlier), address(values), values.size)
+    return values
 
 
-def join(
-    coding: Coding, planes: NDArray[np.uint8], first: int, positions: Positions, bits: Bits
-) -> None:
-    """Turn the bits before at some positions into those after, in place.
-
-    Args:
-        coding: of the planes.
-        planes: as of ``split``.
-        first: which of its values is the first that is asked for.
-        positions: where they go, [k].
-        bits: of which those there are overwritten.
-    """
-    assert first + positions.size <= planes.shape[1]
-    load(f"join_{coding}_{8 * bits.itemsize}", 3, 2)(
-        address(planes) + first, address(positions), address(bits),
-        positions.size, planes.shape[1],
-    )  # fmt: skip
+def _taken(bits: Bits, positions: Positions) -> Bits:
+    found = np.empty(positions.size, bits.dtype)
+    load(f"take_index_{8 * bits.itemsize}", 3, 4)(
+        address(bits), address(positions), address(found), 0, positions.size, 0, bits.size
+    )
+    return found
 
 
-def streams(coding: Coding, planes: NDArray[np.uint8]) -> list[Stream]:
-    """What is stored of ``planes``: of relative values the lowest plane as two of half bytes.
+def apply(coding: Coding, values: Bits, positions: Positions, bits: Bits) -> None:
+    """Turn the bits before at positions [k] into those after, in place."""
+    assert values.dtype == bits.dtype
+    assert values.size == positions.size
+    if coding == "relative":
+        load(f"move_{8 * bits.itemsize}", 3, 1)(
+            address(values), address(positions), address(bits), positions.size
+        )
+    else:
+        load(f"put_index_{8 * bits.itemsize}", 3, 4)(
+            address(bits), address(positions), address(values), 0, positions.size, 0, bits.size
+        )
+
+
+def streams(coding: Coding, values: Bits) -> list[Stream]:
+    """What is stored of values: of relative ones the lowest plane as two of half bytes.
 
     Most steps fit half a byte. Two to a byte, the entropy coder has half the bytes to do, and comes
     closer to their entropy.
     """
+    planes = _as_bytes(values).T
     if coding == "absolute":
-        return [*planes]
-    low, high = np.empty((2, -(-planes.shape[1] // 2)), np.uint8)
-    load("halves", 3, 1)(address(planes), address(low), address(high), planes.shape[1])
-    return [low, high, *planes[1:]]
+        return [*np.ascontiguousarray(planes)]
+    low, high = np.empty((2, -(-values.size // 2)), np.uint8)
+    load("halves", 3, 2)(address(values), address(low), address(high), values.size, values.itemsize)
+    return [low, high, *np.ascontiguousarray(planes[1:])]
 
 
 def stream_bytes(coding: Coding, itemsize: int, num_values: int) -> list[int]:
@@ -68,13 +70,22 @@ def stream_bytes(coding: Coding, itemsize: int, num_values: int) -> list[int]:
     return [whole] * itemsize if coding == "absolute" else [half, half, *[whole] * (itemsize - 1)]
 
 
-def planes_of(coding: Coding, stored: list[Stream], num_values: int) -> NDArray[np.uint8]:
+def of_streams(coding: Coding, stored: list[Stream], num_values: int) -> Bits:
     """The way back from ``streams``."""
-    if coding == "absolute":
-        return np.stack(stored)
-    low, high, *others = stored
-    planes = np.empty((1 + len(others), num_values), np.uint8)
-    load("whole", 3, 1)(address(low), address(high), address(planes), num_values)
-    if others:
-        planes[1:] = others
-    return planes
+    itemsize = len(stored) - (coding == "relative")
+    values = np.zeros(num_values, f"<u{itemsize}")
+    if coding == "relative":
+        load("whole", 3, 2)(
+            address(stored[0]), address(stored[1]), address(values), num_values, itemsize
+        )
+        stored = stored[1:]
+    for plane in range(coding == "relative", itemsize):
+        if stored[plane].any():  # the upper ones of small steps are empty
+            _as_bytes(values)[:, plane] = stored[plane]
+    return values
+
+
+def _as_bytes(values: Bits) -> Stream:
+    """[k, bytes], the lowest first."""
+    little = values.astype(values.dtype.newbyteorder("<"), copy=False)
+    return little.view(np.uint8).reshape(values.size, values.itemsize)

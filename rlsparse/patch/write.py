@@ -239,8 +239,8 @@ class TensorBuilder:
             digest.update(bits.data)
         if self._at + before.size - self._begun > MAX_BLOCK:
             self._flush()
-        planes = values.split(self._patch.coding, before, after, positions)
-        self._parts.append(Block(positions + np.uint32(self._at - self._begun), planes))
+        found = values.find(self._patch.coding, before, after, positions)
+        self._parts.append(Block(positions + np.uint32(self._at - self._begun), found))
         self._at += before.size
         self._waiting += positions.size
         if self._waiting >= BLOCK_CHANGES:
@@ -260,7 +260,7 @@ class TensorBuilder:
     def _flush(self) -> None:
         if self._at == self._begun:
             return
-        block = Block(*(np.concatenate(part, axis=-1) for part in zip(*self._parts, strict=True)))
+        block = Block(*(np.concatenate(part) for part in zip(*self._parts, strict=True)))
         entry, sizes, streams = blocks.encode(
             block, self._begun, self._at, coding=self._patch.coding, codec=self._patch.codec,
             compression=self._patch.compression,
