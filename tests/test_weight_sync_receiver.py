@@ -1,5 +1,6 @@
 """What a receiver refuses, and that it stays as it was; parts of several workers."""
 
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -13,11 +14,11 @@ from together import run_together, send_parts
 from rlsparse.checkpoint import Checkpoint
 from rlsparse.errors import CheckpointError, PatchError
 from rlsparse.models import TINY
-from rlsparse.patch import Patch, apply_patch
+from rlsparse.patch import Patch, apply_patch, new_patch
 from rlsparse.patch.make import make_patch
 from rlsparse.tensor_file import save_checkpoint
 from rlsparse.weight_sync.receiver import PatchReceiver
-from rlsparse.weight_sync.versions import VersionFolder
+from rlsparse.weight_sync.versions import Notes, VersionFolder
 from rlsparse.weight_sync.writer import PatchWriter
 
 NUM_VERSIONS = 4
@@ -192,10 +193,59 @@ def test_what_was_cleaned_away_without_an_anchor_is_missing(sent, tmp_path):
     assert receiver.version == 1
 
 
+def test_what_is_cleaned_away_while_it_is_looked_for(sent, tmp_path, monkeypatch):
+    shutil.copytree(sent.path, tmp_path / "sync")
+    receiver, opening = PatchReceiver.open(tmp_path / "sync", 0), Patch.open
+
+    def opened(file) -> Patch:
+        VersionFolder(tmp_path / "sync").clean(1)
+        return opening(file)
+
+    monkeypatch.setattr(Patch, "open", opened)
+    assert receiver.follow() == NUM_VERSIONS
+    assert same(held(receiver), sent.seen[NUM_VERSIONS])
+
+
 def test_versions_are_patches_like_any_other(sent, tmp_path):
     apply_patch(TINY, sent.file(1), tmp_path / "after")
     receiver = PatchReceiver.from_checkpoint(tmp_path / "after", sent.path, version=1)
     assert receiver.follow() == NUM_VERSIONS
+
+
+class Planted:
+    """Patches of one tensor, whole and in any parts, each of which adds one to all its bits."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bits = np.arange(100, dtype=np.uint16)
+        save_checkpoint(folder / "base", {"w": ("bf16", (10, 10), self.bits)})
+
+    def version(self, number: int, *parts: tuple[int, int]) -> list[Path]:
+        files = []
+        for own, (start, stop) in enumerate(parts, 1):
+            notes = Notes(number, number - 1, "planted", (own, len(parts)))
+            files.append(VersionFolder(self.folder).patch_file(number, notes.part))
+            with new_patch(files[-1], base_fingerprint="", metadata=notes.metadata()) as builder:
+                tensor = builder.tensor("w", "bf16", (10, 10), (start, stop))
+                tensor.compare(self.bits[start:stop], self.bits[start:stop] + np.uint16(1))
+                tensor.close()
+        return files
+
+
+def test_workers_may_become_more_or_fewer(tmp_path):
+    planted = Planted(tmp_path)
+    receiver = PatchReceiver.from_checkpoint(tmp_path / "base")
+    for number, parts in enumerate([[(0, 100)], [(0, 30), (30, 100)], [(0, 50), (50, 100)]] * 2, 1):
+        assert receiver.apply(planted.version(number, *parts))
+        planted.bits += np.uint16(1)
+        assert same(held(receiver), {"w": planted.bits})
+
+
+@pytest.mark.parametrize("parts", [[(0, 30), (40, 100)], [(0, 60), (40, 100)], [(0, 30), (30, 99)]])
+def test_parts_that_are_no_whole_are_refused(tmp_path, parts):
+    files = Planted(tmp_path).version(1, *parts)
+    receiver = PatchReceiver.from_checkpoint(tmp_path / "base")
+    refused(receiver, files, "give the files of all workers")
 
 
 # --- parts -----------------------------------------------------------------------------------

@@ -314,8 +314,7 @@ class PatchReceiver:
         """
         if self._is_broken:
             raise PatchError(f"the weights here are of no version: {self._remedy()}")
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise PatchError(f"{folder} is there already and is not an empty folder")
+        _check_empty(folder)
         tensors = {name: (one.dtype, one.shape, one.bits) for name, one in self.tensors.items()}
         save_checkpoint(folder, tensors, None, self._settings_from)
 
@@ -343,17 +342,23 @@ def rebuild(folder: Path, out: Path, version: int | None = None) -> int:
         PatchError: the version is not there, what leads to it is damaged, or ``out`` is not empty.
         CheckpointError: there is no folder.
     """
+    _check_empty(out)
     place = VersionFolder(folder)
+    known = sorted({*place.anchors(), *place.patches()})
     before = [anchor for anchor in place.anchors() if version is None or anchor <= version]
-    if version is not None and version not in {*place.patches(), *before} or not before:
-        wanted = "version" if version is None else f"version {version}"
-        known = sorted({*place.anchors(), *place.patches()})
-        span = f"{known[0]} to {known[-1]}" if known else "none"
-        raise PatchError(f"{wanted} cannot be made from what {folder} has: {span}")
+    if not before or version not in (None, *known):
+        wanted = "no anchor to begin at" if version is None else f"no way to version {version}"
+        span = f"versions {known[0]} to {known[-1]}" if known else "nothing"
+        raise PatchError(f"{folder} has {wanted}; there: {span}")
     receiver = PatchReceiver.open(folder, before[-1])
     receiver.follow(until=version)
     receiver.save(out)
     return receiver.version
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PatchError(f"{folder} is there already and is not an empty folder; give another")
 
 
 def _region(part: Region | None, tensor: HostTensor) -> Region:
