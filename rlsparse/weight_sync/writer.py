@@ -76,7 +76,7 @@ class PatchWriter:
     run, the next number. Buffers are not sent.
 
     Holds a copy of the weights as they are served on the host, and another beside weights that are
-    on a device; while a version is written, 6 bytes per bf16 weight that changed.
+    on a device; besides, until the next version, 6 bytes per bf16 weight that changed.
 
     Args:
         model: at its weights before training, in place (moved and split); the module itself, not
