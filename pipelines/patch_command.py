@@ -136,6 +136,24 @@ def info(patch: PatchPath, json_path: Json = None) -> None:
     _show(_facts(Patch.open(patch)), json_path)
 
 
+@app.command()
+def follow(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", show_default=False, help="Anchors and versions."),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="CHECKPOINT", show_default=False)],
+    version: Annotated[
+        int | None, typer.Option(metavar="V", show_default=False, help="Default: the newest.")
+    ] = None,
+) -> None:
+    """Write the checkpoint of a version that a training run sent (rlsparse.weight_sync)."""
+    from rlsparse.weight_sync.receiver import rebuild
+
+    reached = rebuild(folder, out, version)
+    print(f"{out}: version {reached} of {folder}, all checksums agree")
+
+
 # --- small parts -----------------------------------------------------------------------------
 
 

@@ -274,9 +274,14 @@ def header_bytes(
     return len(text).to_bytes(8, "little") + text
 
 
+Tensors = Mapping[str, tuple[str, Sequence[int], Bits | Iterator[Bits]]]
+"""Name -> (dtype, shape, flat bits, or an iterator over consecutive pieces of them, run when the
+tensor is written)."""
+
+
 def save_checkpoint(
     path: Path,
-    tensors: Mapping[str, tuple[str, Sequence[int], Bits | Iterator[Bits]]],
+    tensors: Tensors,
     metadata: Mapping[str, str] | None = None,
     extra_files_from: Path | None = None,
 ) -> None:
@@ -284,8 +289,7 @@ def save_checkpoint(
 
     Args:
         path: the folder, made if need be.
-        tensors: name -> (dtype, shape, flat bits, or an iterator over consecutive pieces of them,
-            run when the tensor is written).
+        tensors: what is in it.
         metadata: safetensors metadata.
         extra_files_from: folder whose configuration and tokenizer files are copied along.
 
@@ -293,10 +297,21 @@ def save_checkpoint(
         CheckpointError: the bits of a tensor do not have the size of its shape.
     """
     path.mkdir(parents=True, exist_ok=True)
+    write_tensors(path / SINGLE_FILE, tensors, metadata or {"format": "pt"})
+    if extra_files_from:
+        copy_settings(extra_files_from, path)
+
+
+def write_tensors(file: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file, atomically; wide formats come first, each by name.
+
+    Raises:
+        CheckpointError: as ``save_checkpoint``.
+    """
     names = sorted(tensors, key=lambda name: (-ITEMSIZE[tensors[name][0]], name))
-    with atomic_write(path / SINGLE_FILE) as stream:
+    with atomic_write(file) as stream:
         entries = [(name, *tensors[name][:2]) for name in names]
-        stream.write(header_bytes(entries, metadata or {"format": "pt"}))
+        stream.write(header_bytes(entries, metadata))
         for name, dtype, shape in entries:
             bits = tensors[name][2]
             size = 0
@@ -304,7 +319,11 @@ def save_checkpoint(
                 size += stream.write(np.ascontiguousarray(piece, bits_dtype(dtype)).data)
             if size != math.prod(shape) * ITEMSIZE[dtype]:
                 raise CheckpointError(f"{size} bytes given for {name}, {dtype} {list(shape)}")
-        for file in sorted(extra_files_from.iterdir()) if extra_files_from else ():
-            is_text = file.suffix in {".json", ".txt", ".model", ".jinja", ".tiktoken"}
-            if is_text and file.is_file() and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, path / file.name)
+
+
+def copy_settings(source: Path, target: Path) -> None:
+    """Copy the configuration and tokenizer files of a checkpoint folder into another."""
+    for file in sorted(source.iterdir()):
+        is_text = file.suffix in {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+        if is_text and file.is_file() and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, target / file.name)

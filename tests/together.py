@@ -4,7 +4,7 @@ import json
 import os
 import socket
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -329,3 +329,50 @@ def refuse_on_workers(rank: int, out: Path) -> None:
     model.weight.grad = None
     attempt(3 + rank, model, model)
     (out / f"{rank}.txt").write_text("\n".join(said))
+
+
+def send_parts(rank: int, out: Path) -> None:
+    """Train the tiny base in parts, send versions 1 to 3, and keep what was served at each.
+
+    One weight tensor is whole on both workers. Worker 1 has no room for its first attempt at
+    version 2.
+    """
+    from synced import adam, bits_of, tiny, train_step
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
+    from rlsparse.errors import RlsparseError
+    from rlsparse.weight_sync.writer import PatchWriter
+
+    model = tiny()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model, ignored_params={model.model.norm.weight})
+    optimizer, seen = adam(model), []
+    writer = PatchWriter(model, out / "sync", anchor_every=2)
+
+    def note() -> None:
+        whole = whole_weights(model)
+        seen.append({name: bits_of(weight.bfloat16()) for name, weight in whole.items()})
+
+    note()
+    for step in range(3):
+        train_step(model, optimizer, step)
+        if step == 1:
+            failing = OSError(28, "No space left on device")
+            with patch("os.replace", side_effect=failing) if rank else nullcontext():
+                try:
+                    writer.emit()
+                except RlsparseError as error:
+                    (out / f"said-{rank}.txt").write_text(str(error))
+                    left = list((out / "sync").glob(f"version-000002.part-{rank + 1}*"))
+                    assert not left
+        writer.emit()
+        note()
+    if rank == 0:
+        torch.save(seen, out / "seen.pt")
+    columns = fully_shard(torch.nn.Linear(4, 4), shard_placement_fn=lambda w: Shard(w.ndim - 1))
+    try:
+        PatchWriter(columns, out / "columns")
+    except RlsparseError as error:
+        (out / "columns.txt").write_text(str(error))

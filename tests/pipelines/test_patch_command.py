@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import planted
 import pytest
+import torch
 import typer
 from planted import Pair, Tensor, make_pair, random_tensor, write_folder
 from typer.testing import CliRunner
@@ -14,6 +15,7 @@ from pipelines import patch_command
 from rlsparse.checkpoint import Checkpoint, fingerprint
 from rlsparse.errors import CheckpointError, ConfigError, PatchError
 from rlsparse.patch import Patch
+from rlsparse.weight_sync.writer import PatchWriter
 
 P = "p.patch.safetensors"
 
@@ -141,3 +143,27 @@ def test_mistakes_are_told_before_work_begins(run, pair: Pair) -> None:
     with pytest.raises(CheckpointError):
         run("make", "before", "nowhere", "-o", "q.patch.safetensors")
     assert not Path("out").exists()
+
+
+def test_a_version_that_was_sent_becomes_a_checkpoint(run, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Linear(40, 30)
+    writer, seen = PatchWriter(model, "sync", anchor_every=2), []
+    for _ in range(3):
+        with torch.no_grad():
+            model.weight.mul_(-1)
+        writer.emit()
+        seen.append(model.weight.detach().bfloat16().view(torch.int16).numpy().view(np.uint16))
+    for version, options in ((3, []), (1, ["--version", 1]), (2, ["--version", 2])):
+        out = f"out-{version}"
+        assert f"version {version} of sync" in run("follow", "sync", "-o", out, *options)
+        bits = Checkpoint.open(out).read_bits("weight")
+        assert np.array_equal(bits, seen[version - 1].reshape(-1))
+    for options, message in (
+        (["sync", "-o", "out-1"], "out-1 is there already"),
+        (["sync", "-o", "new", "--version", 4], "sync has no way to version 4; there: versions 0"),
+        ([".", "-o", "new"], "has no anchor to begin at; there: nothing"),
+    ):
+        with pytest.raises(PatchError, match=message):
+            run("follow", *options)
+    assert not Path("new").exists()

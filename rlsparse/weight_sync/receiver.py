@@ -1,0 +1,365 @@
+"""The receiving side: the weights of a version on the host, taken on from version to version."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from rlsparse.checkpoint import Checkpoint
+from rlsparse.errors import PatchError
+from rlsparse.patch import Changes, Patch
+from rlsparse.tensor_file import Bits, save_checkpoint
+from rlsparse.weight_sync.anchors import (
+    HostTensor,
+    Region,
+    check_cover,
+    read_anchor,
+    read_checkpoint,
+)
+from rlsparse.weight_sync.versions import Notes, VersionFolder
+
+OnChange = Callable[[str, NDArray[np.int64], Bits], Any]
+"""Called with the name of a tensor, flat positions in it [k], and the bits [k] there now."""
+
+_PIECE = 2**18
+_ALL_PIECE = 2**22
+
+
+class PatchReceiver:
+    """Weights of one version, bit for bit as the trainer serves them, and the way to the next.
+
+    Args:
+        tensors: the weights.
+        version: which one they are.
+        stream: of which run; None takes that of the first patch.
+        folder: where versions come from, if ``follow`` and ``resynchronise`` shall work.
+        settings_from: folder with the configuration and tokenizer files that ``save`` copies.
+
+    Attributes:
+        tensors: name -> the weights on the host; not to be changed.
+        version: see above.
+        stream: likewise.
+    """
+
+    def __init__(
+        self,
+        tensors: dict[str, HostTensor],
+        *,
+        version: int = 0,
+        stream: str | None = None,
+        folder: VersionFolder | None = None,
+        settings_from: Path | None = None,
+    ) -> None:
+        self.tensors = tensors
+        self.version = version
+        self.stream = stream
+        self._folder = folder
+        self._settings_from = settings_from
+        self._is_broken = False
+
+    @classmethod
+    def open(cls, folder: str | Path, version: int | None = None) -> "PatchReceiver":
+        """Begin at an anchor.
+
+        Args:
+            folder: the one that a ``PatchWriter`` writes.
+            version: of the anchor; None takes the newest.
+
+        Raises:
+            CheckpointError: no such folder.
+            PatchError: no such anchor, or it is damaged.
+        """
+        receiver = cls({}, folder=VersionFolder(Path(folder)))
+        receiver.resynchronise(version)
+        return receiver
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: str | Path, folder: str | Path | None = None, version: int = 0
+    ) -> "PatchReceiver":
+        """Begin at a checkpoint that is here already, such as the base that the training began at.
+
+        It must be in the format that is served. Patches know the checksums of what they start from,
+        so that another checkpoint is refused.
+
+        Args:
+            checkpoint: what ``Checkpoint.open`` takes.
+            folder: the one that a ``PatchWriter`` writes; without it ``apply`` alone works.
+            version: which one the checkpoint is.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        found = Checkpoint.open(checkpoint)
+        settings = found.path if isinstance(found.path, Path) and found.path.is_dir() else None
+        place = VersionFolder(Path(folder)) if folder is not None else None
+        tensors = read_checkpoint(found)
+        return cls(tensors, version=version, folder=place, settings_from=settings)
+
+    # --- forward ---------------------------------------------------------------------------------
+
+    def follow(self, on_change: OnChange | None = None, until: int | None = None) -> int:
+        """Apply all that the folder has, in order.
+
+        Where what leads on was cleaned away, or is of a new run, a newer anchor is taken instead.
+
+        Args:
+            on_change: as of ``apply`` and ``resynchronise``.
+            until: the version to stop at; None goes on to the newest.
+
+        Returns:
+            The version reached: that of before if there is nothing new.
+
+        Raises:
+            PatchError: as ``apply``; a version is missing and there is no newer anchor.
+            CheckpointError: the folder is gone.
+        """
+        while step := self._next(math.inf if until is None else until):
+            files, go_on = step
+            try:
+                go_on(files, on_change)
+            except PatchError:
+                if self._is_broken or all(file.exists() for file in files):
+                    raise
+                # They were cleaned away in the meantime: look again.
+        return self.version
+
+    def _next(self, until: float) -> tuple[list[Path], Callable[..., Any]] | None:
+        """The files to take next, and what takes them."""
+        folder = self._known_folder()
+        patches, anchors = (
+            {version: files for version, files in found.items() if self.version < version <= until}
+            for found in (folder.patches(), folder.anchors())
+        )
+        if self.version + 1 not in patches and anchors:
+            return anchors[max(anchors)], self._load
+        return (patches[min(patches)], self.apply) if patches else None
+
+    def apply(self, files: Path | Sequence[Path], on_change: OnChange | None = None) -> bool:
+        """Go on to the version that a patch leads to; all is checked before anything is changed.
+
+        Args:
+            files: the patch, or those of all workers that wrote parts of it.
+            on_change: gets what changed, a piece at a time, of each tensor once the checksum of all
+                of it agrees. An engine that raises in it must be given all weights again.
+
+        Returns:
+            False if this version or a later one is here already: nothing is done then.
+
+        Raises:
+            PatchError: damaged, of another run or model, not all parts, or it does not start from
+                the version here; nothing is changed. Or the result has other checksums, which
+                memory that fails would explain: then all is refused until ``resynchronise``.
+        """
+        files = [files] if isinstance(files, Path) else [*files]
+        patches = [Patch.open(file) for file in files]
+        notes = self._checked_notes(patches)
+        if notes.version <= self.version:
+            return False
+        self._check_base(files[0], notes)
+        self._check_fit(patches)
+        for patch in patches:
+            for name in patch.tensors:
+                Changes(patch, name).check()
+        self._is_broken = True
+        for patch in patches:
+            for name in patch.tensors:
+                self._apply_one(patch, name, on_change)
+        self.version, self.stream, self._is_broken = notes.version, notes.stream, False
+        return True
+
+    def _checked_notes(self, patches: Sequence[Patch]) -> Notes:
+        """What all parts say alike."""
+        if self._is_broken:
+            raise PatchError(
+                f"an earlier patch left the weights after version {self.version} in an unknown "
+                f"state: {self._remedy()}"
+            )
+        notes = [Notes.of(patch.path, patch.metadata) for patch in patches]
+        first = notes[0]
+        if {(n.version, n.base_version, n.stream, n.part[1]) for n in notes} != {
+            (first.version, first.base_version, first.stream, first.part[1])
+        } or sorted(n.part[0] for n in notes) != [*range(1, first.part[1] + 1)]:
+            raise PatchError(
+                f"version {first.version} has {first.part[1]} parts, given are "
+                f"{[patch.path.name for patch in patches]}: give each of them once"
+            )
+        if self.stream not in (None, first.stream):
+            raise PatchError(
+                f"{patches[0].path} is of run {first.stream}, the weights here of {self.stream}: "
+                f"{self._remedy()}"
+            )
+        return first
+
+    def _check_base(self, file: Path, notes: Notes) -> None:
+        base, own = notes.base_version, self.version
+        if base > own:
+            missing = f"{own + 1}" if base == own + 1 else f"{own + 1} to {base}"
+            raise PatchError(
+                f"{file} starts from version {base}, here is {own}: apply version {missing} first, "
+                f"or {self._remedy()}"
+            )
+        if base < own:
+            raise PatchError(
+                f"{file} leads from version {base} to {notes.version}, here is {own}: apply the "
+                f"one that starts from {own}, or {self._remedy()}"
+            )
+
+    def _remedy(self) -> str:
+        anchors = [*self._folder.anchors()] if self._folder else []
+        if anchors:
+            return f"resynchronise from anchor {anchors[-1]}"
+        return "begin again at an anchor of that run"
+
+    def _check_fit(self, patches: Sequence[Patch]) -> None:
+        regions: dict[str, list[Region]] = {}
+        for patch in patches:
+            for name, said in patch.tensors.items():
+                own = self.tensors.get(name)
+                if own is None or (own.dtype, own.shape) != (said.dtype, said.shape):
+                    here = f"{own.dtype} {list(own.shape)}" if own else "nothing of that name"
+                    raise PatchError(
+                        f"{patch.path} expects {name} as {said.dtype} {list(said.shape)}, here is "
+                        f"{here}; begin at an anchor of that run"
+                    )
+                regions.setdefault(name, []).append(_region(said.part, own))
+        for name, found in regions.items():
+            check_cover(str(patches[0].path), name, self.tensors[name], found)
+        for patch in patches:
+            for name, said in patch.tensors.items():
+                own = self.tensors[name]
+                if own.checksum(_region(said.part, own)) != said.xxh3_before:
+                    raise PatchError(
+                        f"{patch.path} starts from other weights: {name} has another checksum "
+                        f"here at version {self.version}; {self._remedy()}"
+                    )
+
+    def _apply_one(self, patch: Patch, name: str, on_change: OnChange | None) -> None:
+        said, own = patch.tensors[name], self.tensors[name]
+        start, stop = _region(said.part, own)
+        changes, digest = Changes(patch, name), xxhash.xxh3_128()
+        places: list[NDArray[np.int64]] = []
+        for low in range(start, stop, _PIECE) if said.num_changed else ():
+            piece = own.bits[low : min(low + _PIECE, stop)]
+            changes.apply(piece, low - start)
+            digest.update(piece.data)
+            if on_change:
+                found = changes.between(low - start, low - start + piece.size)
+                places += [positions.astype(np.int64) + low for positions, _, _ in found]
+        after = digest.hexdigest() if said.num_changed else said.xxh3_before
+        if after != said.xxh3_after:
+            raise PatchError(
+                f"the result of {patch.path} in {name} has another checksum: {self._remedy()}"
+            )
+        for region in [*own.checksums]:
+            if region[0] < stop and start < region[1]:
+                del own.checksums[region]
+        own.checksums[start, stop] = after
+        for positions in places if on_change else ():
+            assert on_change
+            on_change(name, positions, own.bits[positions])
+
+    # --- all at once -----------------------------------------------------------------------------
+
+    def resynchronise(self, version: int | None = None, on_change: OnChange | None = None) -> None:
+        """Begin again at an anchor of the folder, whatever is here.
+
+        Args:
+            version: of the anchor; None takes the newest.
+            on_change: gets all weights.
+
+        Raises:
+            PatchError: no such anchor, or it is damaged; what is here stays.
+            CheckpointError: the folder is gone.
+        """
+        anchors = self._known_folder().anchors()
+        if not anchors or version not in (None, *anchors):
+            wanted = "anchor" if version is None else f"anchor {version}"
+            known = (
+                f"anchors there: {', '.join(map(str, anchors))}"
+                if anchors
+                else ("the first appears when a PatchWriter is made")
+            )
+            raise PatchError(f"no whole {wanted} in {self._known_folder().path}; {known}")
+        files = anchors[max(anchors) if version is None else version]
+        self._load(files, on_change)
+
+    def _load(self, files: list[Path], on_change: OnChange | None) -> None:
+        notes, self.tensors = read_anchor(files)
+        self.version, self.stream, self._is_broken = notes.version, notes.stream, False
+        self._settings_from = files[0].parent
+        if on_change:
+            self.hand_out(on_change)
+
+    def hand_out(self, on_change: OnChange) -> None:
+        """Give all weights to an engine, as if all had changed."""
+        for name, positions, bits in self._all():
+            on_change(name, positions, bits)
+
+    def _all(self) -> Iterator[tuple[str, NDArray[np.int64], Bits]]:
+        for name, tensor in self.tensors.items():
+            for start in range(0, tensor.bits.size, _ALL_PIECE):
+                bits = tensor.bits[start : start + _ALL_PIECE]
+                yield name, np.arange(start, start + bits.size), bits
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint of this version, with the configuration files of the anchor.
+
+        Raises:
+            PatchError: an earlier patch failed half-way, or the folder is not empty.
+        """
+        if self._is_broken:
+            raise PatchError(f"the weights here are of no version: {self._remedy()}")
+        _check_empty(folder)
+        tensors = {name: (one.dtype, one.shape, one.bits) for name, one in self.tensors.items()}
+        save_checkpoint(folder, tensors, None, self._settings_from)
+
+    def _known_folder(self) -> VersionFolder:
+        if self._folder is None:
+            raise PatchError(
+                "this receiver began at a checkpoint and knows no folder of versions: give it one "
+                "as `folder`"
+            )
+        return self._folder
+
+
+def rebuild(folder: Path, out: Path, version: int | None = None) -> int:
+    """Write the checkpoint of a version from the last anchor before it and the patches since.
+
+    Args:
+        folder: the one that a ``PatchWriter`` writes.
+        out: folder to write, empty or not there.
+        version: None takes the newest.
+
+    Returns:
+        The version.
+
+    Raises:
+        PatchError: the version is not there, what leads to it is damaged, or ``out`` is not empty.
+        CheckpointError: there is no folder.
+    """
+    _check_empty(out)
+    place = VersionFolder(folder)
+    known = sorted({*place.anchors(), *place.patches()})
+    before = [anchor for anchor in place.anchors() if version is None or anchor <= version]
+    if not before or version not in (None, *known):
+        wanted = "no anchor to begin at" if version is None else f"no way to version {version}"
+        span = f"versions {known[0]} to {known[-1]}" if known else "nothing"
+        raise PatchError(f"{folder} has {wanted}; there: {span}")
+    receiver = PatchReceiver.open(folder, before[-1])
+    receiver.follow(until=version)
+    receiver.save(out)
+    return receiver.version
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PatchError(f"{folder} is there already and is not an empty folder; give another")
+
+
+def _region(part: Region | None, tensor: HostTensor) -> Region:
+    return part or (0, tensor.bits.size)
