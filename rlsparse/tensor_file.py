@@ -274,9 +274,37 @@ def header_bytes(
     return len(text).to_bytes(8, "little") + text
 
 
+def write_tensors(
+    stream: BinaryIO,
+    tensors: Mapping[str, tuple[str, Sequence[int], Bits | Iterable[Bits]]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file into ``stream``, the widest formats first.
+
+    Args:
+        stream: empty, binary.
+        tensors: name -> (dtype, shape, flat bits, or an iterator over consecutive pieces of them,
+            run when the tensor is written).
+        metadata: of the file.
+
+    Raises:
+        CheckpointError: the bits of a tensor do not have the size of its shape.
+    """
+    names = sorted(tensors, key=lambda name: (-ITEMSIZE[tensors[name][0]], name))
+    entries = [(name, *tensors[name][:2]) for name in names]
+    stream.write(header_bytes(entries, metadata))
+    for name, dtype, shape in entries:
+        bits = tensors[name][2]
+        size = 0
+        for piece in (bits,) if isinstance(bits, np.ndarray) else bits:
+            size += stream.write(np.ascontiguousarray(piece, bits_dtype(dtype)).data)
+        if size != math.prod(shape) * ITEMSIZE[dtype]:
+            raise CheckpointError(f"{size} bytes given for {name}, {dtype} {list(shape)}")
+
+
 def save_checkpoint(
     path: Path,
-    tensors: Mapping[str, tuple[str, Sequence[int], Bits | Iterator[Bits]]],
+    tensors: Mapping[str, tuple[str, Sequence[int], Bits | Iterable[Bits]]],
     metadata: Mapping[str, str] | None = None,
     extra_files_from: Path | None = None,
 ) -> None:
@@ -284,8 +312,7 @@ def save_checkpoint(
 
     Args:
         path: the folder, made if need be.
-        tensors: name -> (dtype, shape, flat bits, or an iterator over consecutive pieces of them,
-            run when the tensor is written).
+        tensors: as of ``write_tensors``.
         metadata: safetensors metadata.
         extra_files_from: folder whose configuration and tokenizer files are copied along.
 
@@ -293,17 +320,8 @@ def save_checkpoint(
         CheckpointError: the bits of a tensor do not have the size of its shape.
     """
     path.mkdir(parents=True, exist_ok=True)
-    names = sorted(tensors, key=lambda name: (-ITEMSIZE[tensors[name][0]], name))
     with atomic_write(path / SINGLE_FILE) as stream:
-        entries = [(name, *tensors[name][:2]) for name in names]
-        stream.write(header_bytes(entries, metadata or {"format": "pt"}))
-        for name, dtype, shape in entries:
-            bits = tensors[name][2]
-            size = 0
-            for piece in (bits,) if isinstance(bits, np.ndarray) else bits:
-                size += stream.write(np.ascontiguousarray(piece, bits_dtype(dtype)).data)
-            if size != math.prod(shape) * ITEMSIZE[dtype]:
-                raise CheckpointError(f"{size} bytes given for {name}, {dtype} {list(shape)}")
+        write_tensors(stream, tensors, metadata or {"format": "pt"})
         for file in sorted(extra_files_from.iterdir()) if extra_files_from else ():
             is_text = file.suffix in {".json", ".txt", ".model", ".jinja", ".tiktoken"}
             if is_text and file.is_file() and not file.name.endswith(".index.json"):
