@@ -1,4 +1,4 @@
-"""``rlsparse patch``: makes, applies and checks lossless patches, and says what is in one."""
+"""``rlsparse patch``: makes, applies, checks, joins and exports lossless patches."""
 
 import json
 import math
@@ -17,8 +17,10 @@ from rlsparse.errors import ConfigError
 if TYPE_CHECKING:
     from rlsparse.checkpoint import Checkpoint
     from rlsparse.patch import Patch
+    from rlsparse.patch.blocks import CodecName
 
 SUFFIX = ".patch.safetensors"
+PLAIN_SUFFIX = ".safetensors"
 
 app = typer.Typer(
     help="Lossless patches: what changed between two checkpoints, exactly.", no_args_is_help=True
@@ -58,36 +60,39 @@ class Compression(StrEnum):
     NONE = "none"
 
 
+Out = Annotated[
+    Path, typer.Option("-o", "--out", metavar="PATCH", show_default=False, help=f"*{SUFFIX}.")
+]
+Codec = Annotated[Positions, typer.Option(help="auto: for each stretch what suits its density.")]
+Compressed = Annotated[Compression, typer.Option()]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite what is at -o.")]
+
+
 @app.command()
 def make(
     before: Before,
     after: Annotated[str, typer.Argument(metavar="AFTER", show_default=False)],
-    out: Annotated[
-        Path, typer.Option("-o", "--out", metavar="PATCH", show_default=False, help=f"*{SUFFIX}.")
-    ],
+    out: Out,
     values: Annotated[
         Values,
         typer.Option(help="relative: steps from BEFORE, smallest; absolute: bits of AFTER."),
     ] = Values.RELATIVE,
-    codec: Annotated[
-        Positions, typer.Option(help="auto: for each stretch what suits its density.")
-    ] = Positions.AUTO,
-    compression: Annotated[Compression, typer.Option()] = Compression.ZSTD,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite PATCH.")] = False,
+    codec: Codec = Positions.AUTO,
+    compression: Compressed = Compression.ZSTD,
+    force: Force = False,
     json_path: Json = None,
 ) -> None:
     """Write what changed from BEFORE to AFTER, check it, and say what it takes."""
     from rlsparse.checkpoint import Checkpoint
-    from rlsparse.patch import CODECS, apply
+    from rlsparse.patch import apply
     from rlsparse.patch.make import make_patch
 
     _check_out(out, force)
     sides = Checkpoint.open(before), Checkpoint.open(after)
     begun = time.perf_counter()
     patch = make_patch(
-        *sides, out, coding=values.value, compression=compression.value,
-        codec=next((name for name in CODECS if name == codec), None),
-    )  # fmt: skip
+        *sides, out, coding=values.value, codec=_codec(codec), compression=compression.value
+    )
     made = time.perf_counter()
     for name in patch.tensors:
         for _ in apply.after_pieces(sides[0], patch, name):
@@ -136,6 +141,53 @@ def info(patch: PatchPath, json_path: Json = None) -> None:
     _show(_facts(Patch.open(patch)), json_path)
 
 
+@app.command("squash")
+def squash_command(
+    patches: Annotated[
+        list[Path], typer.Argument(metavar="PATCH PATCH ...", show_default=False, help="In order.")
+    ],
+    out: Out,
+    codec: Codec = Positions.AUTO,
+    compression: Compressed = Compression.ZSTD,
+    force: Force = False,
+    json_path: Json = None,
+) -> None:
+    """Make one patch of a chain, each from where the last ends; no checkpoint is needed."""
+    from rlsparse.patch import Patch
+    from rlsparse.patch.squash import squash
+
+    _check_out(out, force)
+    opened = [Patch.open(path) for path in patches]
+    _show(
+        _facts(squash(opened, out, codec=_codec(codec), compression=compression.value)), json_path
+    )
+
+
+@app.command()
+def export(
+    patch: PatchPath,
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", metavar="FILE", show_default=False, help=f"*{PLAIN_SUFFIX}."),
+    ],
+    base: Annotated[
+        str | None, typer.Option(metavar="BEFORE", help="The checkpoint patched, if relative.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write plain flat indices and values of what changed, as safetensors, for other programs."""
+    from rlsparse.checkpoint import Checkpoint
+    from rlsparse.patch import Patch
+    from rlsparse.patch.export import export_patch
+
+    if not out.name.endswith(PLAIN_SUFFIX) or out.name.endswith(SUFFIX):
+        raise ConfigError(f"-o {out}: call it *{PLAIN_SUFFIX}, and not *{SUFFIX}, as patches are")
+    _check_free(out, force)
+    opened = Patch.open(patch)
+    export_patch(opened, out, None if base is None else Checkpoint.open(base))
+    print(f"{out}: {opened.num_changed:,} changed weights, {out.stat().st_size:,} bytes")
+
+
 @app.command()
 def follow(
     folder: Annotated[
@@ -161,10 +213,20 @@ def _check_out(out: Path, force: bool) -> None:
     """Refuse now what could not be written after minutes of work."""
     if not out.name.endswith(SUFFIX):
         raise ConfigError(f"-o {out}: patches are called *{SUFFIX}, by which they are known")
+    _check_free(out, force)
+
+
+def _check_free(out: Path, force: bool) -> None:
     if out.exists() and not force:
         raise ConfigError(f"{out} is there already; give another -o, or --force")
     if not out.parent.is_dir():
         raise ConfigError(f"-o {out}: there is no folder {out.parent}; make it first")
+
+
+def _codec(positions: Positions) -> "CodecName | None":
+    from rlsparse.patch import CODECS
+
+    return next((name for name in CODECS if name == positions), None)
 
 
 def _facts(patch: "Patch") -> dict[str, Any]:

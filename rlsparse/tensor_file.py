@@ -274,9 +274,9 @@ def header_bytes(
     return len(text).to_bytes(8, "little") + text
 
 
-Tensors = Mapping[str, tuple[str, Sequence[int], Bits | Iterator[Bits]]]
-"""Name -> (dtype, shape, flat bits, or an iterator over consecutive pieces of them, run when the
-tensor is written)."""
+Tensors = Mapping[str, tuple[str, Sequence[int], Bits | Iterable[Bits]]]
+"""Name -> (dtype, shape, flat bits, or consecutive pieces of them, made when the tensor is
+written)."""
 
 
 def save_checkpoint(

@@ -16,6 +16,7 @@ from rlsparse.errors import CheckpointError, PatchError
 from rlsparse.models import TINY
 from rlsparse.patch import Patch, apply_patch, new_patch
 from rlsparse.patch.make import make_patch
+from rlsparse.patch.squash import squash
 from rlsparse.tensor_file import save_checkpoint
 from rlsparse.weight_sync.receiver import PatchReceiver
 from rlsparse.weight_sync.versions import Notes, VersionFolder
@@ -80,6 +81,16 @@ def test_versions_are_applied_once_and_in_order(sent):
     assert same(held(receiver), sent.seen[0])
     receiver.resynchronise()
     assert (receiver.version, same(held(receiver), sent.seen[3])) == (3, True)
+
+
+def test_versions_squashed_into_one_lead_from_the_first_to_the_last(sent, tmp_path):
+    path = tmp_path / "p.patch.safetensors"
+    squash([Patch.open(sent.file(version)) for version in (2, 3, 4)], path)
+    receiver = PatchReceiver.open(sent.path, 0)
+    refused(receiver, path, "starts from version 1, here is 0")
+    receiver.apply(sent.file(1))
+    assert receiver.apply(path)
+    assert (receiver.version, same(held(receiver), sent.seen[4])) == (4, True)
 
 
 def test_another_run_is_refused(sent, tmp_path):

@@ -5,8 +5,10 @@ from numpy.typing import NDArray
 
 from rlsparse.kernels import layout as at
 from rlsparse.kernels.machine_code import load
-from rlsparse.kernels.vectors import LANES
 from rlsparse.tensor_file import Bits
+
+_SPARE = 64
+"""Places beyond the last that the kernel may write, as it writes whole vectors."""
 
 
 def compare(before: Bits, after: Bits, words: NDArray[np.uint64]) -> int:
@@ -40,6 +42,6 @@ def set_bits(words: NDArray[np.uint64], num_set: int) -> NDArray[np.uint32]:
     """Places of the set bits of a packed mask, ascending, of which there are ``num_set``."""
     assert words.flags.c_contiguous
     assert words.size <= 2**26
-    places = np.empty(num_set + LANES, np.uint32)  # the kernel writes whole vectors
+    places = np.empty(num_set + _SPARE, np.uint32)
     load("positions", 2, 1)(words.ctypes.data, places.ctypes.data, words.size)
     return places[:num_set]

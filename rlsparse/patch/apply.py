@@ -13,13 +13,11 @@ from rlsparse.patch.write import cast_pieces
 from rlsparse.tensor_file import Bits, save_checkpoint
 
 
-def check_fit(base: Checkpoint, patch: Patch) -> None:
-    """Refuse a base whose tensors are others than the patch was made against.
-
-    A base stored in another float format fits: it is cast to the patch's.
+def check_whole(patch: Patch) -> None:
+    """Refuse a patch that is of parts of tensors.
 
     Raises:
-        PatchError: a tensor is missing, of another shape, or of a format that cannot be cast.
+        PatchError: it is.
     """
     for name, tensor in patch.tensors.items():
         if tensor.part is not None:
@@ -27,6 +25,19 @@ def check_fit(base: Checkpoint, patch: Patch) -> None:
                 f"{patch.path} is of a part of {name}, as one of several workers wrote it: apply "
                 "it together with the others (rlsparse.weight_sync)"
             )
+
+
+def check_fit(base: Checkpoint, patch: Patch) -> None:
+    """Refuse a base whose tensors are others than the patch was made against.
+
+    A base stored in another float format fits: it is cast to the patch's.
+
+    Raises:
+        PatchError: a tensor is missing, of another shape, or of a format that cannot be cast, or
+            the patch is of parts of tensors.
+    """
+    check_whole(patch)
+    for name, tensor in patch.tensors.items():
         info = base.tensors.get(name)
         if info is None:
             raise PatchError(f"{patch.path} changes tensor {name}, which {base.path} lacks")

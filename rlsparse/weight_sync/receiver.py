@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rlsparse.checkpoint import Checkpoint
 from rlsparse.errors import PatchError
-from rlsparse.patch import Changes, Patch
+from rlsparse.patch import Changes, Patch, values
 from rlsparse.tensor_file import Bits, save_checkpoint
 from rlsparse.weight_sync.anchors import (
     HostTensor,
@@ -245,11 +245,11 @@ class PatchReceiver:
         places: list[NDArray[np.int64]] = []
         for low in range(start, stop, _PIECE) if said.num_changed else ():
             piece = own.bits[low : min(low + _PIECE, stop)]
-            changes.apply(piece, low - start)
+            for positions, found in changes.between(low - start, low - start + piece.size):
+                values.apply(patch.values, found, positions, piece)
+                if on_change:
+                    places.append(positions.astype(np.int64) + low)
             digest.update(piece.data)
-            if on_change:
-                found = changes.between(low - start, low - start + piece.size)
-                places += [positions.astype(np.int64) + low for positions, _, _ in found]
         after = digest.hexdigest() if said.num_changed else said.xxh3_before
         if after != said.xxh3_after:
             raise PatchError(
@@ -259,9 +259,9 @@ class PatchReceiver:
             if region[0] < stop and start < region[1]:
                 del own.checksums[region]
         own.checksums[start, stop] = after
-        for positions in places if on_change else ():
+        for where in places if on_change else ():
             assert on_change
-            on_change(name, positions, own.bits[positions])
+            on_change(name, where, own.bits[where])
 
     # --- all at once -----------------------------------------------------------------------------
 

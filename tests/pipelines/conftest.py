@@ -1,12 +1,14 @@
 """One small study, run once by the real command; most tests of the pipeline look at its files."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from command import Command, StudyRun, run_study
+from typer.testing import CliRunner
 
+from pipelines import cli
 from pipelines.plan import make_plan
 
 E2E = """
@@ -25,6 +27,20 @@ claims:
   - {id: lr-zero-changes-nothing, kind: exact, where: {control: lr_zero}, value: 1.0}
   - {id: same-seed-is-bit-identical, kind: exact, response: identical_replicates, value: 1.0}
 """
+
+
+@pytest.fixture
+def invoke() -> Callable[..., str]:
+    """Runs ``rlsparse`` with arguments in this process; gives what it printed."""
+
+    def call(*arguments: object) -> str:
+        result = CliRunner().invoke(cli.app, [*map(str, arguments)])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -2,15 +2,14 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 from planted import LLAMA_SHAPES, Pair, make_pair, random_tensor, write_folder
-from typer.testing import CliRunner
 
-from pipelines import cli, mask_command
+from pipelines import cli
 from pipelines.storage import Storage
 from rlsparse.errors import ConfigError, PatchError, RlsparseError, StorageError
 from rlsparse.masks import read_masks, unpack
@@ -21,19 +20,8 @@ MODULES = {"down", "embed", "norm", "q", "v"}
 
 
 @pytest.fixture
-def run():
-    """Runs the command in this process; gives what it printed."""
-
-    def call(*arguments: object) -> str:
-        app = typer.Typer()
-        app.add_typer(mask_command.app, name="mask")
-        result = CliRunner().invoke(app, ["mask", *map(str, arguments)])
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        assert result.exit_code == 0, result.output
-        return result.stdout
-
-    return call
+def run(invoke):
+    return partial(invoke, "mask")
 
 
 @pytest.fixture

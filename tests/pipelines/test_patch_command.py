@@ -1,39 +1,28 @@
 """``rlsparse patch``: what it makes and says, and every mistake in one line."""
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import planted
 import pytest
-import torch
-import typer
 from planted import Pair, Tensor, make_pair, random_tensor, write_folder
-from typer.testing import CliRunner
 
 from pipelines import patch_command
 from rlsparse.checkpoint import Checkpoint, fingerprint
 from rlsparse.errors import CheckpointError, ConfigError, PatchError
-from rlsparse.patch import Patch
-from rlsparse.weight_sync.writer import PatchWriter
+from rlsparse.patch import CODECS, Patch
+from rlsparse.patch.blocks import Compression
+from rlsparse.patch.values import CODINGS
 
 P = "p.patch.safetensors"
 
 
 @pytest.fixture
-def run():
-    """Runs the command in this process; gives what it printed."""
-
-    def call(*arguments: object) -> str:
-        app = typer.Typer()
-        app.add_typer(patch_command.app, name="patch")
-        result = CliRunner().invoke(app, ["patch", *map(str, arguments)])
-        if result.exception and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        assert result.exit_code == 0, result.output
-        return result.stdout
-
-    return call
+def run(invoke):
+    return partial(invoke, "patch")
 
 
 @pytest.fixture
@@ -145,25 +134,58 @@ def test_mistakes_are_told_before_work_begins(run, pair: Pair) -> None:
     assert not Path("out").exists()
 
 
-def test_a_version_that_was_sent_becomes_a_checkpoint(run, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    model = torch.nn.Linear(40, 30)
-    writer, seen = PatchWriter(model, "sync", anchor_every=2), []
-    for _ in range(3):
-        with torch.no_grad():
-            model.weight.mul_(-1)
-        writer.emit()
-        seen.append(model.weight.detach().bfloat16().view(torch.int16).numpy().view(np.uint16))
-    for version, options in ((3, []), (1, ["--version", 1]), (2, ["--version", 2])):
-        out = f"out-{version}"
-        assert f"version {version} of sync" in run("follow", "sync", "-o", out, *options)
-        bits = Checkpoint.open(out).read_bits("weight")
-        assert np.array_equal(bits, seen[version - 1].reshape(-1))
-    for options, message in (
-        (["sync", "-o", "out-1"], "out-1 is there already"),
-        (["sync", "-o", "new", "--version", 4], "sync has no way to version 4; there: versions 0"),
-        ([".", "-o", "new"], "has no anchor to begin at; there: nothing"),
+def test_squash(run, pair: Pair, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    last = {n: planted.plant(rng, one, 0.1)[0] for n, one in pair.tensors_after.items()}
+    write_folder(tmp_path / "last", last)
+    one, two = "one.patch.safetensors", "two.patch.safetensors"
+    run("make", "before", "after", "-o", one)
+    run("make", "after", "last", "-o", two)
+    made = json.loads(run("squash", one, two, "-o", P, "--codec", "indices", "--json", "-"))
+    direct = json.loads(
+        run("make", "before", "last", "-o", "direct.patch.safetensors", "--json", "-")
+    )
+    same = {"base_fingerprint", "num_changed", "num_tensors_changed", "values"}
+    assert {key: made[key] for key in same} == {key: direct[key] for key in same}
+    assert made["changed_by_codec"] == {"indices": made["num_changed"]}
+    run("apply", "before", P, "-o", "out")
+    assert fingerprint(Checkpoint.open("out")) == fingerprint(Checkpoint.open("last"))
+    for message, error, arguments in (
+        ("do not meet at tensor", PatchError, (two, one, "-o", "q.patch.safetensors")),
+        ("is there already", ConfigError, (one, two, "-o", P)),
+        ("patches are called", ConfigError, (one, two, "-o", "q")),
     ):
-        with pytest.raises(PatchError, match=message):
-            run("follow", *options)
-    assert not Path("new").exists()
+        with pytest.raises(error, match=message):
+            run("squash", *arguments)
+    assert not list(tmp_path.glob("q*"))
+
+
+def test_export(run, pair: Pair, tmp_path: Path) -> None:
+    run("make", "before", "after", "-o", P)
+    num_changed = sum(int(changed.sum()) for changed in pair.changed.values())
+    said = run("export", P, "-o", "plain.safetensors", "--base", "before")
+    assert said.startswith(f"plain.safetensors: {num_changed:,} changed weights, ")
+    for name, places in pair.changed.items():
+        stored = Checkpoint.open("plain.safetensors").tensors
+        if places.any():
+            indices = np.flatnonzero(places)
+            assert np.array_equal(stored[f"{name}.idx"].read(), indices)
+            values = pair.tensors_after[name].bits[indices]
+            assert np.array_equal(stored[f"{name}.val"].read(), values)
+    for message, error, arguments in (
+        ("has relative values", PatchError, (P, "-o", "q.safetensors")),
+        ("is there already", ConfigError, (P, "-o", "plain.safetensors", "--base", "before")),
+        ("there is no folder no", ConfigError, (P, "-o", "no/q.safetensors")),
+        ("and not", ConfigError, (P, "-o", "q.patch.safetensors", "--base", "before")),
+        ("call it", ConfigError, (P, "-o", "q", "--base", "before")),
+    ):
+        with pytest.raises(error, match=message):
+            run("export", *arguments)
+    assert not list(tmp_path.glob("q*"))
+
+
+def test_options_name_what_the_format_has() -> None:
+    """They are written twice, as the format's modules are too heavy for --help."""
+    assert tuple(patch_command.Values) == CODINGS
+    assert {*patch_command.Positions} == {"auto", *CODECS}
+    assert tuple(patch_command.Compression) == get_args(Compression)
