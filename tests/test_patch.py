@@ -603,7 +603,7 @@ def test_other_files_are_no_patches(tmp_path, pair):
     text = json.dumps({"version": "2", "values": "other"})
     notes = {METADATA_KEY: text, CHECKSUM_KEY: xxhash.xxh3_128_hexdigest(text.encode())}
     planted.write_file(tmp_path / "other", {}, notes)
-    with pytest.raises(PatchError, match="damaged patch header .*values are 'other'"):
+    with pytest.raises(PatchError, match=r"damaged patch header .*values are 'other'"):
         Patch.open(tmp_path / "other")
 
 
