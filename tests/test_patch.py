@@ -500,7 +500,9 @@ def forged(tmp_path, monkeypatch):
     "change",
     [
         lambda tensor, arrays: arrays["t.blocks"].__setitem__((2, 0), 299),  # the last stop
-        lambda tensor, arrays: arrays["t.blocks"].__setitem__((slice(2), 1), (101, 0)),
+        lambda tensor, arrays: (  # more changes than elements
+            tensor.update(num_changed=121), arrays["t.blocks"].__setitem__((0, 1), 101)
+        ),
         lambda tensor, arrays: arrays["t.blocks"].__setitem__((0, 3), 801),  # bytes to make room
         lambda tensor, arrays: arrays["t.sizes"].__setitem__((0, 0), 100),
         lambda tensor, arrays: tensor.update(num_changed=31),
