@@ -522,7 +522,6 @@ def test_tables_that_contradict_themselves(forged, change):
     "change",
     [
         lambda tensor, arrays: tensor.update(num_changed=301),
-        lambda tensor, arrays: tensor.update(part=[200, 100], num_changed=0),
         lambda tensor, arrays: tensor.update(part=[0, 301]),
         lambda tensor, arrays: arrays.pop("t.data"),
         lambda tensor, arrays: arrays.update({"t.blocks": arrays["t.blocks"][:2]}),
