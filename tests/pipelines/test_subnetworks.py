@@ -124,6 +124,9 @@ def test_a_mask_is_read_from_the_storage_of_the_study(
         (trial,) = trials(plan, label)
         mask = load_subnetwork(trial.config, trial.origins, storage, base)
         assert mask is not None
+        told = {"kind": label.partition("(")[0], "source": f"trial {source.trial_id}"}
+        assert told.items() <= mask.metadata.items()
+        assert mask.metadata.get("step") == {"final": "2", "snapshot(step=1)": "1"}.get(label)
         assert mask.base_fingerprint == base.fingerprint
         return mask.fingerprint
 
