@@ -138,18 +138,21 @@ def test_the_dry_run_counts_cells_trials_and_bytes(
         tmp_path,
         {"num_threads": 2, "num_workers": 2},
         {"algorithm.name": ["sft", "dpo"], "algorithm.beta": [0.1, 0.2]},
-        train={"num_steps": 3, "batch_size": 8, "precision": "fp32"},
+        task={"num_train_problems": 64, "num_eval_problems": 8},
+        train={"num_steps": 3, "batch_size": 64, "precision": "fp32"},
         probe={"snapshots": [1], "step_masks": True},
     )
     monkeypatch.setattr(capacity, "here", lambda: Capacity((64 * GB,), num_cpus=8))
     plan.ledger.finish(plan.trials[3].trial_id)
     print_dry_run(plan)
     said = capsys.readouterr().out
-    for seeds in (plan.trials[:2], plan.trials[2:4], plan.trials[4:]):
+    peaks = [f"{memory_of(plan, trial).peak_bytes / GB:.2f} GB" for trial in plan.trials]
+    assert peaks[0] < peaks[2]
+    for peak, *seeds in zip(peaks[::2], plan.trials[::2], plan.trials[1::2], strict=True):
         levels = ", ".join(f"{path}={level}" for path, level in seeds[0].cell.items())
-        peak = memory_of(plan, seeds[0]).peak_bytes / GB
         ids = " ".join(trial.trial_id for trial in seeds)
-        assert f"  2 x {levels} ({peak:.2f} GB): {ids}\n" in said
+        assert f"  2 x {levels} ({peak}): {ids}\n" in said
+    assert f"a trial takes up to {max(peaks)} of memory by estimate" in said
     assert "algorithm.beta does not exist for sft: those cells are one" in said
     num_weights = plan.base(plan.trials[0]).num_weights
     patches, masks = 6 * 2 * 4 * num_weights, 6 * 3 * num_weights / 8
