@@ -543,6 +543,17 @@ def test_blocks_that_make_no_sense(forged, column, number, message):
         Changes(patch, "t").check()
 
 
+def test_a_stretch_is_read_without_the_blocks_beside_it(forged):
+    patch = forged(lambda tensor, arrays: np.bitwise_xor.at(arrays["t.data"], [0, -1], 1))
+    before = np.arange(100, 200, dtype=np.uint16)
+    bits = before.copy()
+    Changes(patch, "t").apply(bits, 100)
+    assert np.flatnonzero(bits != before).tolist() == [*range(0, 100, 10)]
+    for start in (99, 101):
+        with pytest.raises(PatchError, match="another checksum"):
+            Changes(patch, "t").apply(bits, start)
+
+
 def test_another_result_than_was_written_is_refused(forged, tmp_path):
     patch = forged(lambda tensor, arrays: tensor.update(xxh3_after="0" * 32))
     with pytest.raises(PatchError, match="is damaged: the result of t has another checksum"):
