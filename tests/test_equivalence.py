@@ -180,6 +180,7 @@ def test_fields_of_algorithms_are_judged_apart() -> None:
     same, more, less = verdicts(moved)
     assert same["verdict"] == "undecided"
     assert "beyond the margin" in str(same["note"])
+    assert "the estimate is of" not in str(same["note"])  # as of claims that recover
     assert same["num_runs"] == more["num_runs"] == 4
     assert more["verdict"] == "refuted"  # sparser in DPO, but not in SimPO
     assert less["verdict"] == "refuted"

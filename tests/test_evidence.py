@@ -9,7 +9,7 @@ from planted_claims import NOISE, density, judge, kl, one, study_of, undecided
 from scipy import stats
 from test_effects import N, make_study
 
-from rlsparse.claims.words import number
+from rlsparse.claims.words import interval, number
 from rlsparse.study import Trial
 
 
@@ -259,7 +259,8 @@ def test_recovers_compares_scores_by_seed_with_the_best_tuned_random_mask() -> N
     assert str(row["note"]).startswith(
         f"the estimate is of {which}; a minus b {number(non_inferior.mean())} ["
     )
-    assert f", {which} {number(gaps.mean())} [" in str(row["note"])
+    shown = interval(*(float(str(row[key])) for key in ("estimate", "ci_low", "ci_high")))
+    assert f", {which} {shown}" in str(row["note"])
 
 
 def score_of(score: Callable[[Trial], float], decay: float, rate: float, seed: int) -> float:

@@ -23,6 +23,7 @@ from rlsparse.mask_making import (
     chosen,
     complement,
     difference,
+    held,
     intersection,
     of_trial,
     random_like,
@@ -213,8 +214,12 @@ def test_masks_of_a_trial(trial, base):
         assert (found[name] == differs).all(), name
     assert set(found) == set(before) - {"lm_head.weight"}
     assert final.base_fingerprint == base.fingerprint
-    assert final.metadata["step"] == final.metadata["num_steps"] == "3"
-    assert (final.metadata["kind"], final.metadata["algorithm"]) == ("final", "sft")
+    told = {
+        "source": f"trial {trial.folder.name}", "trial_id": trial.folder.name,
+        "algorithm": "sft", "seed_of_trial": str(trial.config.seed), "num_steps": "3",
+    }  # fmt: skip
+    assert final.metadata == {**told, "kind": "final", "step": "3", "view": "stored"}
+    assert held(final).metadata == final.metadata
     early = of_trial(trial.folder, Take.SNAPSHOT, step=1)
     by_patch = changed(base.path, trial.patch(1))
     assert all((early.packed(name) == by_patch.packed(name)).all() for name in found)
@@ -223,7 +228,7 @@ def test_masks_of_a_trial(trial, base):
     assert sum(counts_of(ever).values()) == sum(
         trial.summary[key] for key in ("num_cancelled", "num_final")
     )
-    assert (ever.metadata["kind"], ever.metadata["interval_steps"]) == ("ever_changed", "1")
+    assert {**told, "kind": "ever_changed", "interval_steps": "1"}.items() <= ever.metadata.items()
     assert counts_of(difference([final, ever])) == dict.fromkeys(found, 0)
 
 
@@ -626,6 +631,27 @@ def test_a_file_holds_the_mask_and_says_what_it_is(stored, tmp_path):
     write_masks(tmp_path / "same", same, made.base_fingerprint, made.metadata)
     assert (tmp_path / "same").read_bytes() == file.read_bytes()
     assert complement(read).metadata["source"] == f"random {file}"
+
+
+def test_every_mask_says_what_it_takes_to_make_it_again(stored):
+    base = str(stored[0])
+    like = a_mask(base, kind="final", view="bf16")
+    shared = {"source": "final", "view": "bf16"}
+    scored = {**shared, "weights": base}
+    told = [
+        (uniform(base, 0.1, 3), {"source": base, "density": "0.1", "seed": "3"}, "uniform"),
+        (random_like(like, 3), {**shared, "seed": "3"}, "random"),
+        (random_within_magnitude(like, base, 3), {**scored, "seed": "3"},
+         "random_within_magnitude"),
+        (by_magnitude(like, base, Size.LOW), scored, "low_magnitude"),
+        (by_magnitude(like, base, Size.HIGH), scored, "high_magnitude"),
+        (by_direction(like, base, Direction.PRINCIPAL, 2), {**scored, "rank": "2"}, "principal"),
+        (by_direction(like, base, Direction.OTHER, 2), {**scored, "rank": "2"}, "non_principal"),
+        (complement(like), {"source": "final"}, "complement"),
+        (union([like, complement(like)]), {"source": "final, complement"}, "union"),
+    ]  # fmt: skip
+    for mask, metadata, kind in told:
+        assert mask.metadata == {**metadata, "kind": kind}
 
 
 def test_one_tensor_is_in_memory_at_a_time(stored, tmp_path):

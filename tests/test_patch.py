@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import planted
 import pytest
-import safetensors
+import safetensors.numpy
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,10 +20,12 @@ from rlsparse.patch import (
     Patch,
     TensorPair,
     apply_patch,
+    new_patch,
     values,
     verify_patch,
     write_patch,
 )
+from rlsparse.patch.file import CHECKSUM_KEY
 from rlsparse.patch.values import CODINGS
 from rlsparse.patch.write import PIECE
 
@@ -108,6 +110,28 @@ def test_a_block_ends_with_enough_changes_or_with_the_tensor(tmp_path):
     tensor = TensorPair("t", "bf16", before.shape, before, after)
     table = write_patch(tmp_path / "p", [tensor], base_fingerprint="f").blocks("t")
     assert [(e.stop, e.num_changed) for e, _ in table] == [(PIECE, PIECE // 2), (3 * PIECE, 0)]
+
+
+def test_a_block_has_no_more_elements_than_positions_can_count(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlsparse.patch.write.PIECE", 100)
+    monkeypatch.setattr("rlsparse.patch.write.MAX_BLOCK", 350)
+    before = np.zeros(1000, np.uint16)
+    tensor = TensorPair("t", "bf16", before.shape, before, before + (np.arange(1000) % 400 == 0))
+    patch = write_patch(tmp_path / "p", [tensor], base_fingerprint="f")
+    table = [(entry.stop, entry.num_changed) for entry, _ in patch.blocks("t")]
+    assert table == [(300, 1), (600, 1), (900, 1), (1000, 0)]
+
+
+@pytest.mark.parametrize("density", [0.05, 0.1, 0.3, 0.45])
+def test_the_smaller_codec_is_chosen(tmp_path, density):
+    rng = np.random.default_rng(0)
+    before = np.zeros(2**16, np.uint16)
+    tensor = TensorPair("t", "bf16", before.shape, before, before + (rng.random(2**16) < density))
+    sizes = {
+        codec: write_patch(tmp_path / "p", [tensor], base_fingerprint="f", codec=codec).size_bytes
+        for codec in (None, "gaps", "bitmap")
+    }
+    assert sizes[None] == min(sizes["gaps"], sizes["bitmap"]) < max(sizes.values())
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -444,6 +468,129 @@ def test_damage_of_any_kind_is_an_error_and_never_wrong_weights(tmp_path_factory
         assert np.array_equal(found, after)
 
 
+@pytest.fixture
+def forged(tmp_path, monkeypatch):
+    """Gives a patch of three blocks that says something else, with the checksums of that."""
+    monkeypatch.setattr("rlsparse.patch.write.PIECE", 100)
+    monkeypatch.setattr("rlsparse.patch.write.BLOCK_CHANGES", 1)
+    before = np.arange(300, dtype=np.uint16)
+    base = planted.write_folder(tmp_path / "base", {"t": Tensor("bf16", (300,), before)})
+    path = make_patch_of(base, tmp_path / "p", before, before + (before % 10 == 0)).path
+
+    def forge(change) -> Patch:
+        with safetensors.safe_open(path, "numpy") as file:
+            content = json.loads(file.metadata()[METADATA_KEY])
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        change(content["tensors"]["t"], arrays)
+        table = b"".join(arrays[key].tobytes() for key in ("t.blocks", "t.sizes") if key in arrays)
+        content["tensors"]["t"]["xxh3_table"] = xxhash.xxh3_128_hexdigest(table)
+        text = json.dumps(content)
+        checksum = xxhash.xxh3_128_hexdigest(text.encode())
+        notes = {METADATA_KEY: text, CHECKSUM_KEY: checksum}
+        safetensors.numpy.save_file(arrays, path, notes)
+        return Patch.open(path)
+
+    return forge
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensor, arrays: arrays["t.blocks"].__setitem__((2, 0), 299),  # the last stop
+        lambda tensor, arrays: (  # more changes than elements
+            tensor.update(num_changed=121), arrays["t.blocks"].__setitem__((0, 1), 101)
+        ),
+        lambda tensor, arrays: arrays["t.blocks"].__setitem__((0, 3), 801),  # bytes to make room
+        lambda tensor, arrays: arrays["t.sizes"].__setitem__((0, 0), 100),
+        lambda tensor, arrays: tensor.update(num_changed=31),
+        lambda tensor, arrays: (
+            tensor.update(shape=[2**32]), arrays["t.blocks"].__setitem__((2, 0), 2**32)
+        ),
+    ],
+)  # fmt: skip
+def test_tables_that_contradict_themselves(forged, change):
+    assert len(forged(lambda tensor, arrays: None).blocks("t")) == 3
+    patch = forged(change)
+    with pytest.raises(PatchError, match="the table of tensor t contradicts itself"):
+        patch.blocks("t")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensor, arrays: tensor.update(num_changed=301),
+        lambda tensor, arrays: tensor.update(part=[0, 301]),
+        lambda tensor, arrays: arrays.pop("t.data"),
+        lambda tensor, arrays: arrays.update({"t.blocks": arrays["t.blocks"][:2]}),
+        lambda tensor, arrays: arrays.update({"t.sizes": arrays["t.sizes"].astype(np.uint32)}),
+    ],
+)
+def test_headers_that_make_no_sense(forged, change):
+    with pytest.raises(PatchError, match="has a damaged patch header"):
+        forged(change)
+
+
+@pytest.mark.parametrize(
+    ("column", "number", "message"),
+    [(2, 3, "codec 3 is unknown; known: 0 to 2"), (3, 1, r"\d+ bytes stand for 1")],
+)
+def test_blocks_that_make_no_sense(forged, column, number, message):
+    patch = forged(lambda tensor, arrays: arrays["t.blocks"].__setitem__((1, column), number))
+    with pytest.raises(PatchError, match=rf"p is damaged at tensor t: {message}"):
+        Changes(patch, "t").check()
+
+
+def test_a_stretch_is_read_without_the_blocks_beside_it(forged):
+    patch = forged(lambda tensor, arrays: np.bitwise_xor.at(arrays["t.data"], [0, -1], 1))
+    before = np.arange(100, 200, dtype=np.uint16)
+    bits = before.copy()
+    Changes(patch, "t").apply(bits, 100)
+    assert np.flatnonzero(bits != before).tolist() == [*range(0, 100, 10)]
+    for start in (99, 101):
+        with pytest.raises(PatchError, match="another checksum"):
+            Changes(patch, "t").apply(bits, start)
+
+
+def test_another_result_than_was_written_is_refused(forged, tmp_path):
+    patch = forged(lambda tensor, arrays: tensor.update(xxh3_after="0" * 32))
+    with pytest.raises(PatchError, match="is damaged: the result of t has another checksum"):
+        verify_patch(Checkpoint.open(tmp_path / "base"), patch)
+    with pytest.raises(PatchError, match="is damaged: the result of t has another checksum"):
+        apply_patch(tmp_path / "base", patch.path, tmp_path / "out")
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_damaged_table_is_told_by_its_checksum(tmp_path, pair):
+    patch = make_patch(pair, tmp_path / "p")
+    content, name = bytearray(patch.path.read_bytes()), "model.embed_tokens.weight"
+    content[patch.arrays[f"{name}.blocks"].offset] ^= 1
+    patch.path.write_bytes(content)
+    with pytest.raises(PatchError, match=f"is damaged: the table of {name} has another checksum"):
+        patch.blocks(name)
+
+
+def test_a_base_with_other_tensors_beside_those_of_the_patch_is_another(tmp_path, pair):
+    patch = make_patch(pair, tmp_path / "p")
+    more = {**pair.tensors_before, "more": pair.tensors_before["model.norm.weight"]}
+    base = Checkpoint.open(planted.write_folder(tmp_path / "more", more))
+    own, other = patch.base_fingerprint[:12], fingerprint(base)[:12]
+    with pytest.raises(PatchError, match=f"the base with fingerprint {own}, .*more has {other}"):
+        verify_patch(base, patch)
+
+
+def test_a_patch_of_a_part_is_not_applied_alone(tmp_path):
+    before = np.zeros(8, np.uint16)
+    base = planted.write_folder(tmp_path / "base", {"t": Tensor("bf16", (8,), before)})
+    with new_patch(tmp_path / "p", base_fingerprint="f") as builder:
+        tensor = builder.tensor("t", "bf16", (8,), (2, 6))
+        tensor.compare(before[2:6], before[2:6] + np.uint16(1))
+        tensor.close()
+    with pytest.raises(PatchError, match="is of a part of t, as one of several workers wrote it"):
+        apply_patch(base, tmp_path / "p", tmp_path / "out")
+    with pytest.raises(PatchError, match="is of a part of t"):
+        verify_patch(Checkpoint.open(base), Patch.open(tmp_path / "p"))
+
+
 def test_damage_found_while_applying_leaves_no_model(tmp_path, pair):
     patch = make_patch(pair, tmp_path / "p")
     content = bytearray(patch.path.read_bytes())
@@ -462,6 +609,11 @@ def test_other_files_are_no_patches(tmp_path, pair):
     planted.write_file(tmp_path / "future", {}, {METADATA_KEY: json.dumps({"version": "9"})})
     with pytest.raises(PatchError, match="format 9, this release reads 2"):
         Patch.open(tmp_path / "future")
+    text = json.dumps({"version": "2", "values": "other"})
+    notes = {METADATA_KEY: text, CHECKSUM_KEY: xxhash.xxh3_128_hexdigest(text.encode())}
+    planted.write_file(tmp_path / "other", {}, notes)
+    with pytest.raises(PatchError, match=r"damaged patch header .*values are 'other'"):
+        Patch.open(tmp_path / "other")
 
 
 def test_wrong_input_writes_nothing(tmp_path):

@@ -232,6 +232,15 @@ def test_the_section_says_what_the_rows_say(tmp_path):
     assert content["subnetworks"] == json.loads(json.dumps(rows_of(planned())))
 
 
+def test_long_names_of_masks_are_cut_where_they_stay_apart(tmp_path):
+    final = '"from": "cell"'
+    long = f'{final}, "where": {{"train.trainable_layers": [0, 1, 2, 3, 4, 5, 6, 7]}}'
+    rows = [row | {"config": row["config"].replace(final, long)} for row in planned()]
+    shown = section(page_of(tmp_path, rows)[0])
+    assert "all weights final random(final) grpo: loss" in shown
+    assert "trainable_layers" not in shown
+
+
 def test_the_loss_is_drawn_by_mask_where_the_baseline_is(tmp_path):
     rows = planned(RATES)
     steps = [

@@ -1,6 +1,7 @@
 """A trial that fits nowhere is refused before anything trains; others share the memory."""
 
 import io
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from pipelines.capacity import (
     misfit,
 )
 from pipelines.dry_run import print_dry_run
-from pipelines.plan import Plan, make_plan
+from pipelines.plan import Plan, make_plan, wall_seconds
 from pipelines.session import ENVIRONMENT
 from pipelines.sweep import num_slots, run_trials
 from rlsparse.costs import GPU_HOST_BYTES
@@ -32,7 +33,12 @@ from rlsparse.study import Study
 GB = 10**9
 
 
-def plan_of(folder: Path, resources: dict[str, Any] | None = None, **baseline: Any) -> Plan:
+def plan_of(
+    folder: Path,
+    resources: dict[str, Any] | None = None,
+    factors: dict[str, Any] | None = None,
+    **baseline: Any,
+) -> Plan:
     fields = {
         "name": "s",
         "question": "?",
@@ -44,6 +50,7 @@ def plan_of(folder: Path, resources: dict[str, Any] | None = None, **baseline: A
         },
         "seeds": [0, 1],
         "resources": resources or {},
+        "factors": factors or {},
     }
     return make_plan(Study.model_validate(fields), str(folder))
 
@@ -124,6 +131,40 @@ def test_the_dry_run_says_what_a_trial_takes(
     assert "or run with --allow-oversize" in said
 
 
+def test_the_dry_run_counts_cells_trials_and_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_of(
+        tmp_path,
+        {"num_threads": 2, "num_workers": 2},
+        {"algorithm.name": ["sft", "dpo"], "algorithm.beta": [0.1, 0.2]},
+        task={"num_train_problems": 64, "num_eval_problems": 8},
+        train={"num_steps": 3, "batch_size": 64, "precision": "fp32"},
+        probe={"snapshots": [1], "step_masks": True},
+    )
+    monkeypatch.setattr(capacity, "here", lambda: Capacity((64 * GB,), num_cpus=8))
+    plan.ledger.finish(plan.trials[3].trial_id)
+    print_dry_run(plan)
+    said = capsys.readouterr().out
+    peaks = [f"{memory_of(plan, trial).peak_bytes / GB:.2f} GB" for trial in plan.trials]
+    assert peaks[0] < peaks[2]
+    for peak, *seeds in zip(peaks[::2], plan.trials[::2], plan.trials[1::2], strict=True):
+        levels = ", ".join(f"{path}={level}" for path, level in seeds[0].cell.items())
+        ids = " ".join(trial.trial_id for trial in seeds)
+        assert f"  2 x {levels} ({peak}): {ids}\n" in said
+    assert f"a trial takes up to {max(peaks)} of memory by estimate" in said
+    assert "algorithm.beta does not exist for sft: those cells are one" in said
+    num_weights = plan.base(plan.trials[0]).num_weights
+    patches, masks = 6 * 2 * 4 * num_weights, 6 * 3 * num_weights / 8
+    assert (
+        f"3 cells, 6 trials (1 done), about {wall_seconds(plan, 2) / 60:.1f} min on the "
+        f"{os.cpu_count()} cores of this machine, at most {patches / 1e6:.1f} MB of patches and "
+        f"{masks / 1e6:.1f} MB of step masks; measuring takes "
+        f"{(4 + 1 / 8) * num_weights / 1e6:.1f} MB of memory in a trial\n"
+    ) in said
+    assert said.endswith("64.0 GB are free here: 2 trials at once\n")
+
+
 def test_the_dry_run_knows_where_there_is_no_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +172,7 @@ def test_the_dry_run_knows_where_there_is_no_gpu(
     monkeypatch.setattr(capacity, "here", lambda: Capacity((64 * GB,), None, 8, 0))
     print_dry_run(plan)
     said = capsys.readouterr().out
+    assert "for a time that is not estimated for GPUs, on this machine" in said
     assert "does not fit here: a trial takes 0.5 GPUs (resources.gpus_per_worker 0.5" in said
     assert "and there are 0;" in said
     assert "at once" not in said

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from command import StudyRun
@@ -25,6 +26,8 @@ from pipelines.session import RaySession
 from pipelines.sweep import _spec, run_trial
 from rlsparse import tables
 from rlsparse.errors import CheckpointError
+from rlsparse.mask_making import uniform
+from rlsparse.masks import write_masks
 from rlsparse.models import TINY
 from rlsparse.study import Study
 from rlsparse.tables import SCHEMAS
@@ -153,6 +156,22 @@ def test_dry_run_writes_nothing(
     assert "Is a mistake told in one line?" in out
     assert "1 cells, 2 trials (0 done)" in out
     assert [path.name for path in folder.iterdir()] == ["study.yaml"]
+
+
+def test_mask_files_are_checked_before_anything_runs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["study.yaml", "--set", "train.mask={file: own.mask.safetensors}", "--dry-run"]
+    write_masks(folder / "own.mask.safetensors", {"w": ((8,), np.ones(1, np.uint8))}, "")
+    assert rlsparse_(monkeypatch, "run", *options) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("rlsparse: train.mask of trial sft s")
+    assert "mask own.mask.safetensors is of another model than the base tiny: it lacks" in line
+    mask = uniform(TINY, 0.1, 0)
+    write_masks(folder / "own.mask.safetensors", {n: (s, p) for n, s, p in mask}, "f" * 64)
+    assert rlsparse_(monkeypatch, "run", *options) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("mask own.mask.safetensors is of the base ffffffffffff, trials start")
 
 
 def test_status_of_a_study_file_and_of_its_folder(

@@ -45,6 +45,14 @@ def test_what_is_written_is_read(storage: Storage) -> None:
     storage.delete("a/d.json")
     storage.delete("a/d.json")
     assert not storage.exists("a/d.json")
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        storage.write_json("a/d.json", {"x": float("nan")})
+
+
+def test_json_keeps_the_order_of_keys(storage: Storage) -> None:
+    storage.write_json("order.json", {"b": {"z": 1, "y": 2}, "a": 3})
+    assert list(storage.read_json("order.json")) == ["b", "a"]
+    assert list(storage.read_json("order.json")["b"]) == ["z", "y"]
 
 
 def test_files_of_any_size_go_there_and_back(storage: Storage, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A study in two phases: full trials, then others under masks of what these changed."""
 
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from command import Command, run_study, wait_until
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipelines import study as running
 from pipelines import sweep
@@ -49,6 +50,7 @@ factors:
 seeds: [0, 1]
 """
 BASE = Checkpoint.open(TINY)
+TIED = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def plan_of(tmp_path: Path, **train_mask: Any) -> Plan:
@@ -124,6 +126,9 @@ def test_a_mask_is_read_from_the_storage_of_the_study(
         (trial,) = trials(plan, label)
         mask = load_subnetwork(trial.config, trial.origins, storage, base)
         assert mask is not None
+        told = {"kind": label.partition("(")[0], "source": f"trial {source.trial_id}"}
+        assert told.items() <= mask.metadata.items()
+        assert mask.metadata.get("step") == {"final": "2", "snapshot(step=1)": "1"}.get(label)
         assert mask.base_fingerprint == base.fingerprint
         return mask.fingerprint
 
@@ -178,6 +183,7 @@ def test_mask_files_are_checked_before_anything_runs(tmp_path: Path) -> None:
         return check_mask_files(plan_of(tmp_path, **{"factors.train.mask": f"[null, {level}]"}))
 
     assert found(plain) == []
+    assert found(plain, of="") == []  # of several bases
     note = (
         f"mask {file} is of the base {'f' * 12}, trials start from {fingerprint(BASE)[:12]} (tiny)"
     )
@@ -193,6 +199,24 @@ def test_mask_files_are_checked_before_anything_runs(tmp_path: Path) -> None:
         found(plain, **{name: (shape, packed * 0) for name, (shape, packed) in given.items()})
     with pytest.raises(ConfigError, match=r"is of the base ffffffffffff, .*give the checkpoint be"):
         found(f"{{like: {plain}, pick: low_magnitude}}", "f" * 64)
+
+
+def test_mask_files_are_checked_against_every_base(tmp_path: Path) -> None:
+    file, other = tmp_path / "own.mask.safetensors", tmp_path / "other"
+    given = {i.name: (i.shape, np.full(-(-i.num_elements // 8), 1, np.uint8)) for i in BASE.counted}
+    masks.write_masks(file, given, fingerprint(BASE))
+    shutil.copytree(TINY, other)
+    weights, embedding, head = load_file(TINY / "model.safetensors"), *TIED
+    weights["model.norm.weight"] += 1
+    save_file({**weights, head: weights[embedding].clone()}, other / "model.safetensors")
+    own = fingerprint(Checkpoint.open(other))
+    for sources in (f"[{other}, tiny]", f"[tiny, {other}]"):
+        levels = {"factors.train.mask": f"[{{file: {file}}}]", "factors.model.source": sources}
+        (note,) = check_mask_files(plan_of(tmp_path, **levels))
+        assert note.endswith(f"trials start from {own[:12]} ({other})")
+    masks.write_masks(file, {**given, head: given[embedding]}, own)
+    levels = {"factors.train.mask": f"[{{file: {file}}}]", "factors.model.source": f"[{other}]"}
+    assert check_mask_files(plan_of(tmp_path, **levels)) == []
 
 
 # --- phases ----------------------------------------------------------------------------------
