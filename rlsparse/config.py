@@ -93,8 +93,9 @@ class ProbeConfig(Config):
     one. ``score_snapshots``: at each, the held-out score and the KL divergence to the base too.
     After every step it is measured which weights differ from the step before; ``k_steps`` are
     further windows, in steps, over which that is measured, of which each costs the memory of one
-    more copy of the weights. ``step_masks``: the mask of what each step changed is kept.
-    ``casts``: at each snapshot, what differs from the base after a cast to each of the views.
+    more copy of the weights. ``step_masks``: the mask of what each step changed is kept;
+    ``step_patches``: the patch of each step is, so that what syncing the weights would take can be
+    told. ``casts``: at each snapshot, what differs from the base after a cast to each of the views.
     ``update_interval``: after every so many steps, gradients and updates against half a bf16 ULP.
     """
 
@@ -102,6 +103,7 @@ class ProbeConfig(Config):
     score_snapshots: bool = True
     k_steps: tuple[StepWindow, ...] = ()
     step_masks: bool = False
+    step_patches: bool = False
     casts: bool = False
     update_interval: int | None = Field(None, ge=1)
 

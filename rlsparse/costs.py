@@ -361,8 +361,9 @@ def probe_bytes(config: TrialConfig, num_weights: int) -> int:
 
 
 def patch_bytes(config: TrialConfig, num_weights: int) -> int:
-    """Largest size of the patches that a trial can leave: dense, one per snapshot."""
-    return len(config.snapshot_steps) * num_weights * _stored_bytes(config)
+    """Largest size of the patches that a trial can leave: dense, one per snapshot, or per step."""
+    num_patches = len(config.snapshot_steps) + config.probe.step_patches * config.train.num_steps
+    return num_patches * num_weights * _stored_bytes(config)
 
 
 def step_mask_bytes(config: TrialConfig, num_weights: int) -> int:

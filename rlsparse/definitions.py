@@ -27,7 +27,7 @@ STEP_WINDOWS: tuple[int, ...] = (1, *get_args(StepWindow))
 """Lengths, in optimizer steps, over which a trial measures what changed."""
 
 PROBE_PARTS: tuple[str, ...] = (
-    "steps", "snapshots", "scores", "windows", "step_masks", "casts", "updates",
+    "steps", "snapshots", "scores", "windows", "step_masks", "step_patches", "casts", "updates",
 )  # fmt: skip
 """What a trial measures while it trains, by the names under which its CPU time is kept; the first
 two are in every trial."""

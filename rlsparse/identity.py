@@ -47,7 +47,8 @@ def trial_id(
         mode="json",
         exclude={"keep_checkpoints": True, "model": True, "task": {"source", "test_source"}},
     )
-    for later in ("k_steps", "step_masks", "casts", "update_interval"):  # without, the name stays
+    for later in ("k_steps", "step_masks", "step_patches", "casts", "update_interval"):
+        # Without, the name stays.
         if not own["probe"][later]:
             del own["probe"][later]
     if not own["task"]["num_validation_problems"]:

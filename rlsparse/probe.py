@@ -29,11 +29,12 @@ from rlsparse.patch import PATCH_FILE, TensorPair, write_patch
 from rlsparse.prices import Prices
 from rlsparse.sharded import ShardedTrajectory, is_sharded
 from rlsparse.subnetwork import SubnetworkOptimizer
-from rlsparse.tables import EVER_CHANGED, snapshot_folder, step_mask_file
+from rlsparse.tables import EVER_CHANGED, STEP_PATCHES, snapshot_folder, step_mask_file
 from rlsparse.tasks.generate import Score
 from rlsparse.tensor_file import Bits
 from rlsparse.trajectory import StepChanges, Trajectory
 from rlsparse.update_probe import UpdateCounts, count_updates
+from rlsparse.weight_sync.versions import Notes, VersionFolder
 
 _TOO_FAST = "lower train.learning_rate or set train.max_grad_norm"
 
@@ -171,6 +172,9 @@ class Probe(TrainerCallback):  # type: ignore[misc]
             TrialError: a weight is not finite in the stored format.
         """
         step = state.global_step
+        if self.config.probe.step_patches:
+            with self.prices.of("step_patches"):
+                self._write_step_patch(step)
         with self.prices.of("steps"):
             if self.config.probe.step_masks:
                 self._write_step_mask(step)
@@ -251,6 +255,23 @@ class Probe(TrainerCallback):  # type: ignore[misc]
         patch = write_patch(file, pairs, base_fingerprint=self.base_fingerprint)
         self._num_final = patch.num_changed
         self.patch_bytes += patch.size_bytes
+
+    def _write_step_patch(self, step: int) -> None:
+        """Write what the step changed, as a version of a weight sync that starts from the base."""
+        pairs = (
+            TensorPair(name, self.config.stored_dtype, shape, before, after)
+            for name, shape, before, after in self._trajectory.moved()
+        )
+        file = VersionFolder(self.out_dir / STEP_PATCHES).patch_file(step)
+        file.parent.mkdir(exist_ok=True)
+        notes = Notes(step, step - 1, self.trial_id, (1, 1))
+        first = self.base_fingerprint
+        write_patch(
+            file,
+            pairs,
+            base_fingerprint=first if step == 1 else f"{step - 1}-{self.trial_id}",
+            metadata=notes.metadata(),
+        )
 
     def _write_step_mask(self, step: int) -> None:
         rows: list[dict[str, Any]] = []

@@ -93,6 +93,11 @@ def _whole_model(config: TrialConfig) -> str | None:
             "does not hand vLLM its weights, which each worker has a part of; set "
             "algorithm.generation.engine to transformers, or leave strategy out (ddp)"
         )
+    if config.probe.step_patches:
+        return (
+            "writes no patches of steps, of which each worker has a part; leave "
+            "probe.step_patches out, or strategy (ddp)"
+        )
     if config.keep_checkpoints:
         return (
             "keeps no checkpoints, which one worker would have to hold whole; leave "

@@ -17,8 +17,8 @@ from rlsparse.definitions import (
     VIEWS,
 )
 
-SCHEMA_VERSION = "3"
-OLDER_VERSIONS = frozenset({"2"})
+SCHEMA_VERSION = "4"
+OLDER_VERSIONS = frozenset({"2", "3"})
 """Versions that are still read; columns that they lack are null."""
 
 _counts = pa.list_(pa.int64())
@@ -285,6 +285,24 @@ SCHEMAS: dict[str, pa.Schema] = {
             *((f"num_base_equal_{name}", pa.int64()) for name in AGREEMENT_DEFINITIONS),
             ("sum_sq_difference", pa.float64()),  # ||theta - reference||^2
             ("sum_sq_update", pa.float64()),  # ||reference - base||^2
+        ]
+    ),
+    # What it takes to sync weights: one row per trial with `probe.step_patches`, window of k steps
+    # and way to send it (`sync_costs.WAYS`). Times are of one thread, on `host`.
+    "syncs": _schema(
+        [
+            ("trial_id", pa.string()),
+            ("k", pa.int32()),
+            ("step_before", pa.int64()),
+            ("step_after", pa.int64()),
+            ("way", pa.string()),
+            ("num_elements", pa.int64()),
+            ("num_changed", pa.int64()),
+            ("dense_bytes", pa.int64()),
+            ("size_bytes", pa.int64()),
+            ("encode_s", pa.float64()),
+            ("apply_s", pa.float64()),
+            ("host", pa.string()),
         ]
     ),
     # One row per matrix and kind: `update`, and its `null`, a random matrix of single representable

@@ -26,6 +26,10 @@ def step_mask_file(step: int) -> str:
     return f"step_masks/step-{step:06d}.parquet"
 
 
+STEP_PATCHES = "step_patches"
+"""Folder of a trial: what a ``weight_sync.PatchReceiver`` that begins at the base can follow."""
+
+
 def snapshot_folder(step: int) -> str:
     """Folder of a trial that holds the patch of one snapshot."""
     return f"snapshots/step-{step:06d}"

@@ -62,8 +62,9 @@ def train_trial(
 
     Files: ``config.json``, ``steps.parquet``, ``eval.parquet``, ``summary.json`` (written last),
     ``ever_changed.mask.safetensors``, ``snapshots/step-000010/weights.patch.safetensors`` per
-    snapshot, ``step_masks/step-000001.parquet`` per step and ``checkpoint/`` if the configuration
-    keeps them, and ``subnetwork.mask.safetensors`` where a mask is trained.
+    snapshot, ``step_masks/step-000001.parquet`` and
+    ``step_patches/version-000001.patch.safetensors`` per step, and ``checkpoint/`` if the
+    configuration keeps them, and ``subnetwork.mask.safetensors`` where a mask is trained.
 
     Args:
         config: the resolved trial.

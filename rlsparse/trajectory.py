@@ -94,6 +94,11 @@ class Trajectory:
         for name, weight in self._weights():
             yield name, self.shapes[name], _unsigned(_bits(weight, self._dtype).cpu())
 
+    def moved(self) -> Iterator[tuple[str, tuple[int, ...], np.ndarray, np.ndarray]]:
+        """Like ``stored``, with the bits after the last step taken before those of now."""
+        for name, shape, bits in self.stored():
+            yield name, shape, _unsigned(self._copies[1][name].cpu()), bits
+
     def trained(self) -> Iterator[tuple[str, int, np.ndarray]]:
         """Each weight in the format that is trained, one at a time: its flat unsigned bits.
 

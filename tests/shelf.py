@@ -25,7 +25,7 @@ MAY_DIFFER = ("wall_s", "cpu_s", "peak_bytes")  # as all that ends in _cpu_s
 NUM_STEPS = 5
 PROBE = {
     "snapshots": [2, 4], "score_snapshots": False, "k_steps": [2, 4], "step_masks": True,
-    "casts": True, "update_interval": 1,
+    "step_patches": True, "casts": True, "update_interval": 1,
 }  # fmt: skip
 ONLINE = ("grpo", "rloo", "ppo", "prime")
 ROLLOUT = {"num_generations": 2, "steps_per_rollout": 2, "num_iterations": 2}

@@ -90,7 +90,7 @@ OTHER: dict[str, object] = {
     "trainable_layers": [1], "data_seed": 0, "mask": {"file": "a.mask.safetensors"},
     # probe
     "snapshots": [3], "score_snapshots": False, "k_steps": [2], "step_masks": True,
-    "casts": True, "update_interval": 2,
+    "step_patches": True, "casts": True, "update_interval": 2,
     # tasks
     "num_shots": 1, "num_train_problems": 700, "num_eval_problems": 300,
     "num_validation_problems": 32,

@@ -39,11 +39,14 @@ def test_the_inner_name_pays(clock):
 
 def test_a_trial_keeps_the_price_of_what_it_asked_for(trained, tiny_trial, base):
     plain = trained(tiny_trial(), base).summary
-    parts = {"snapshots": [1], "k_steps": [2], "step_masks": True, "casts": True,
-             "update_interval": 1}  # fmt: skip
+    parts = {"snapshots": [1], "k_steps": [2], "step_masks": True, "step_patches": True,
+             "casts": True, "update_interval": 1}  # fmt: skip
     asked = trained(tiny_trial(probe=parts), base).summary
     basic = {"probe_steps_cpu_s", "probe_snapshots_cpu_s", "probe_scores_cpu_s"}
-    extra = {f"probe_{name}_cpu_s" for name in ("windows", "step_masks", "casts", "updates")}
+    extra = {
+        f"probe_{name}_cpu_s"
+        for name in ("windows", "step_masks", "step_patches", "casts", "updates")
+    }
     for summary, names in ((plain, basic), (asked, basic | extra)):
         found = {name: value for name, value in summary.items() if name.startswith("probe_")}
         assert set(found) == names

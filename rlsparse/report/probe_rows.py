@@ -26,6 +26,7 @@ PRICES = {
     "scores": "scores, and divergences from the base",
     "windows": "windows of k steps",
     "step_masks": "masks of steps",
+    "step_patches": "patches of steps",
     "casts": "changes after casts",
     "updates": "gradients and updates",
 }

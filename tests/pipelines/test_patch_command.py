@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
+import planted
 import pytest
 from planted import Pair, Tensor, make_pair, random_tensor, write_folder
 
