@@ -5,7 +5,7 @@ time, and of these only the columns that are summed.
 """
 
 import tempfile
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,6 +28,7 @@ from rlsparse.effects.overlap_effects import overlap_effects
 from rlsparse.effects.responses import responses
 from rlsparse.errors import TableError
 from rlsparse.report.study_page import build_report
+from rlsparse.report.sync_rows import LINKS_GBIT_S
 from rlsparse.schemas import SCHEMAS
 from rlsparse.study import StudyBase
 
@@ -37,13 +38,20 @@ GIVEN = ("trials", "steps", "overlaps", "consensus")
 """Tables of one file that must be there."""
 CONCLUDED = ("changes", "magnitudes", "effects", "terms", "means", "claims")
 """Tables that ``conclude`` makes."""
-OPTIONAL = ("agreement", "spectra")
+OPTIONAL = ("agreement", "spectra", "syncs")
 """Tables with a part per trial that not every study has."""
 REPORT_FILES = ("index.html", "report.json")
 
 
-def rebuild(storage: Storage, *, allow_missing: bool) -> tuple[StudyBase, Tables]:
+def rebuild(
+    storage: Storage, *, allow_missing: bool, links: Sequence[float] = LINKS_GBIT_S
+) -> tuple[StudyBase, Tables]:
     """Judge a study again and write its report, from ``study.json`` and its tables alone.
+
+    Args:
+        storage: its folder.
+        allow_missing: as of ``conclude``.
+        links: as of ``write_report``.
 
     Raises:
         ConfigError: the folder holds no study.
@@ -55,7 +63,7 @@ def rebuild(storage: Storage, *, allow_missing: bool) -> tuple[StudyBase, Tables
     with storage.lock():
         forget_conclusions(storage)
         tables = conclude(study, storage, registered, allow_missing=allow_missing)
-        write_report(study, storage, tables, registered, allow_missing=allow_missing)
+        write_report(study, storage, tables, registered, allow_missing=allow_missing, links=links)
     return study, tables
 
 
@@ -149,6 +157,7 @@ def write_report(
     registered: Registration,
     *,
     allow_missing: bool,
+    links: Sequence[float] = LINKS_GBIT_S,
 ) -> None:
     """Write the report of a study.
 
@@ -158,6 +167,7 @@ def write_report(
         tables: result of ``conclude``.
         registered: as given there.
         allow_missing: as given there.
+        links: Gbit/s for which the pauses of weight syncs are given.
     """
     trials = tables["trials"]
     sums = {name: pc.sum(trials[name]).as_py() for name in ("wall_s", "cpu_s")}
@@ -171,7 +181,7 @@ def write_report(
         "dropped_claims": list(registered.dropped),
     }
     with tempfile.TemporaryDirectory() as folder:
-        build_report(study, tables, Path(folder), provenance=provenance)
+        build_report(study, tables, Path(folder), provenance=provenance, links=links)
         for name in REPORT_FILES:
             storage.write_bytes(f"report/{name}", (Path(folder) / name).read_bytes())
 

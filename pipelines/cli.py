@@ -218,6 +218,15 @@ def report(
         str | None, typer.Option("--json", help="Also write report.json here; - prints it alone.")
     ] = None,
     allow_missing: AllowMissing = False,
+    link: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="GBIT_S",
+            min=0.001,
+            show_default="1, 10, 100",
+            help="Link to inference servers, for the pauses of weight syncs; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Judge a study again and rebuild its report, from its study.json and tables alone."""
     from pipelines import terminal
@@ -225,7 +234,8 @@ def report(
     from pipelines.storage import Storage
 
     storage = Storage(folder)
-    study, tables = rebuild(storage, allow_missing=allow_missing)
+    links = {"links": link} if link else {}
+    study, tables = rebuild(storage, allow_missing=allow_missing, **links)
     if json_path is not None:
         write_json(json_path, storage.read_bytes("report/report.json").decode().rstrip())
     if json_path == "-":

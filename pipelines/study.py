@@ -1,6 +1,6 @@
 """Runs the stages of a study in order; each is skipped when its marker says that it is done.
 
-Stages: sweep (``trials/``), diff, agreement and overlap (``tables/``), aggregate (``tables/``),
+Stages: sweep (``trials/``), diff, agreement, syncs, overlap and aggregate (``tables/``),
 report (``report/``), MLflow. They speak through files only, so that the same command, given again,
 continues after anything.
 """
@@ -167,8 +167,8 @@ def _sweep(plan: Plan, todo: list[Trial], console: Console, memory_bytes: int) -
 
 
 def _analyse(plan: Plan, session: RaySession, console: Console, *, allow_missing: bool) -> Tables:
-    """Diff, agreement, overlap, aggregate with report, MLflow; what has the same inputs is kept."""
-    from pipelines import agreement, diff, overlap
+    """All stages after the sweep; what has the same inputs is kept."""
+    from pipelines import agreement, diff, overlap, syncs
 
     storage, study = plan.storage, plan.study
     items = diff.pending(plan)
@@ -182,6 +182,10 @@ def _analyse(plan: Plan, session: RaySession, console: Console, *, allow_missing
         session.start()
         console.print(f"comparing the weights of {len(pairs)} pairs of trials", highlight=False)
         agreement.run(plan, pairs)
+    if trials := syncs.pending(plan):
+        session.start()
+        console.print(f"sending the steps of {len(trials)} trials again", highlight=False)
+        syncs.run(plan, trials)
     inputs = conclude_study(
         study,
         storage,

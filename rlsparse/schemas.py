@@ -17,8 +17,8 @@ from rlsparse.definitions import (
     VIEWS,
 )
 
-SCHEMA_VERSION = "4"
-OLDER_VERSIONS = frozenset({"2", "3"})
+SCHEMA_VERSION = "3"
+OLDER_VERSIONS = frozenset({"2"})
 """Versions that are still read; columns that they lack are null."""
 
 _counts = pa.list_(pa.int64())
@@ -51,9 +51,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("precision", pa.string()),
             ("learning_rate", pa.float64()),
             ("num_steps", pa.int64()),
-            ("score_base", pa.float64()),
-            ("score_before", pa.float64()),
-            ("score_after", pa.float64()),
+            *_floats("score_base", "score_before", "score_after"),
             # Of the weights that were trained, if there was a mask; else null.
             ("mask_density", pa.float64()),  # of all weights
             ("num_in_mask", pa.int64()),
@@ -94,10 +92,7 @@ SCHEMAS: dict[str, pa.Schema] = {
         [
             ("trial_id", pa.string()),
             ("step", pa.int64()),
-            ("loss", pa.float64()),
-            ("reward", pa.float64()),
-            ("kl", pa.float64()),
-            ("entropy", pa.float64()),
+            *_floats("loss", "reward", "kl", "entropy"),
             ("grad_norm", pa.float64()),  # before clipping
             ("clipped_fraction", pa.float64()),  # share of optimizer steps clipped since last row
             ("learning_rate", pa.float64()),
@@ -123,10 +118,8 @@ SCHEMAS: dict[str, pa.Schema] = {
             # the weight before the step; and how well "by at least half a ULP" tells which weights
             # this step changed in bf16, bitwise: the share of those told that changed, and the
             # share of those changed that were told (null where there are none).
-            ("gradient_nonzero_fraction", pa.float64()),
-            ("update_below_half_ulp", pa.float64()),
-            ("half_ulp_precision", pa.float64()),
-            ("half_ulp_recall", pa.float64()),
+            *_floats("gradient_nonzero_fraction", "update_below_half_ulp"),
+            *_floats("half_ulp_precision", "half_ulp_recall"),
         ]
     ),
     # What a trial scored, one row per evaluation; step 0 is before training.
@@ -166,10 +159,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             *((f"num_changed_{name}", pa.int64()) for name in DEFINITIONS),
             ("ulp_histogram", _counts),
             ("magnitude_histogram_changed", _counts),
-            ("sum_sq_before", pa.float64()),
-            ("sum_sq_delta", pa.float64()),
-            ("sum_abs_delta", pa.float64()),
-            ("max_abs_delta", pa.float64()),
+            *_floats("sum_sq_before", "sum_sq_delta", "sum_abs_delta", "max_abs_delta"),
             ("num_sign_flips", pa.int64()),
             ("num_zero_sign_flips", pa.int64()),
             ("num_nonfinite", pa.int64()),
@@ -246,9 +236,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("num_b", pa.int64()),
             ("num_both", pa.int64()),
             ("num_both_random", pa.int64()),  # of a with a random mask of b's count in each tensor
-            ("expected_uniform", pa.float64()),
-            ("expected_tensor", pa.float64()),
-            ("expected_magnitude", pa.float64()),
+            *_floats("expected_uniform", "expected_tensor", "expected_magnitude"),
             ("expected_update_size", pa.float64()),  # null without an independent run
             ("expected_margins", pa.float64()),
             ("update_size_of", pa.string()),  # trial_id of the independent run
@@ -266,9 +254,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("k", pa.int32()),
             ("num_elements", pa.int64()),
             ("num_changed", pa.int64()),  # weights changed in exactly k runs
-            ("expected_uniform", pa.float64()),
-            ("expected_tensor", pa.float64()),
-            ("expected_magnitude", pa.float64()),
+            *_floats("expected_uniform", "expected_tensor", "expected_magnitude"),
         ]
     ),
     # Last weights of two trials, theta and those of the reference, in the stored format: two rows
@@ -325,18 +311,12 @@ SCHEMAS: dict[str, pa.Schema] = {
             *((f"rank_{name}", pa.int64()) for name in RANK_TOLERANCES),
             *((f"rank_share_{name}", pa.float64()) for name in RANK_TOLERANCES),
             ("energy_rank", pa.int64()),  # of 99 % of the squared norm
-            ("entropy_rank", pa.float64()),
-            ("stable_rank", pa.float64()),
-            ("frobenius_norm", pa.float64()),
-            ("sigma_max", pa.float64()),
-            ("nss", pa.float64()),
+            *_floats("entropy_rank", "stable_rank", "frobenius_norm", "sigma_max", "nss"),
             ("nss_random", pa.float64()),  # of Gaussian noise of the same norm
             ("principal_rank", pa.int64()),
             ("cosines_left", pa.list_(pa.float64())),
             ("cosines_right", pa.list_(pa.float64())),
-            ("top_1pct_share", pa.float64()),
-            ("top_10pct_share", pa.float64()),
-            ("mask_share", pa.float64()),
+            *_floats("top_1pct_share", "top_10pct_share", "mask_share"),
             *_floats("principal_lift", "principal_lift_in_decile", "low_lift"),
             *_floats("low_lift_in_decile", "row_dispersion", "column_dispersion"),
             *_floats("untouched_row_share", "untouched_column_share"),
@@ -372,9 +352,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("term", pa.string()),  # a factor, `a : b`, or `seed`
             ("df", pa.int64()),
             ("df_residual", pa.int64()),
-            ("sum_sq", pa.float64()),
-            ("f_value", pa.float64()),
-            ("p_value", pa.float64()),
+            *_floats("sum_sq", "f_value", "p_value"),
             ("p_adjusted", pa.float64()),  # Holm, over the terms of one response
             ("omega_sq", pa.float64()),  # partial
             ("num_runs", pa.int64()),
@@ -403,9 +381,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("verdict", pa.string()),  # supported, refuted, undecided
             ("outcome", pa.string()),  # the verdict in words, with its scope
             *_floats("estimate", "ci_low", "ci_high", "ci_level"),
-            ("margin", pa.float64()),
-            ("p_value", pa.float64()),
-            ("p_floor", pa.float64()),
+            *_floats("margin", "p_value", "p_floor"),
             ("num_runs", pa.int64()),
             ("depends_on_definition", pa.bool_()),
             ("alternatives", pa.string()),  # JSON object: definition@view or null -> verdict

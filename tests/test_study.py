@@ -15,6 +15,7 @@ from rlsparse.task_config import ChainSumConfig, ProductsConfig, SimpleEquations
 ABLATIONS = Path(__file__).parents[1] / "ablations"
 NUM_TRIALS = {
     "algorithm": 68, "quickstart": 22, "smoke": 40, "smollm2_quickstart": 4, "subnetwork": 401,
+    "weight_sync": 4,
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ CLAIM = {"id": "a", "verdict": "undecided", "num_runs": 4}
 def test_every_table_of_the_contract_is_there():
     names = (
         "trials steps eval base_tensors tensor_deltas changes magnitudes stripes masks overlaps "
-        "consensus agreement spectra effects terms means claims"
+        "consensus agreement syncs spectra effects terms means claims"
     )
     assert set(tables.SCHEMAS) == set(names.split())
     for schema in tables.SCHEMAS.values():

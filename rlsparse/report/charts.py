@@ -43,26 +43,62 @@ def training_charts(curves: Sequence[Row], groups: Sequence[str], series: Series
 def window_chart(rows: Sequence[Row], groups: Sequence[str], series: Series) -> Captioned:
     """Density of the change over k steps against k."""
     shown = [row for row in rows if row["group"] in groups]
-    if not shown:
-        return []
-    last = math.log2(max(row["k"] for row in shown))
-    frame = Frame(
-        Scale(-0.2, last + 0.2), from_zero(row["high"] for row in shown), _power_of_two,
-        short_percent, num_ticks=7,
-    )  # fmt: skip
-    lines, parts = [], []
-    for group in dict.fromkeys(row["group"] for row in shown):
-        look, ids = series.style(group), series.ids(group)
-        own = [row for row in shown if row["group"] == group]
-        lines.append(frame.line(look, [(math.log2(row["k"]), row["mean"]) for row in own], ids))
-        for row in own:
-            ends = " to ".join(percent(row[end]) for end in ("low", "high"))
-            tip = (
-                f"{group}, k = {row['k']}\n{percent(row['mean'])} changed\n"
-                f"{ends} over {row['num_runs']} runs"
-            )
-            parts.append(frame.mark(look, math.log2(row["k"]), row["mean"], tip, ids))
     title = "Weights that k steps change (1 - S_k), mean over windows"
+
+    def words(row: Row) -> str:
+        ends = " to ".join(percent(row[end]) for end in ("low", "high"))
+        return f"{percent(row['mean'])} changed\n{ends} over {row['num_runs']} runs"
+
+    points = [(row["group"], row["k"], row["mean"], words(row)) for row in shown]
+    return _over_k(title, points, from_zero(row["high"] for row in shown), series)
+
+
+def sync_charts(
+    sizes: Sequence[Row], steps: Sequence[Row], groups: Sequence[str], series: Series
+) -> Captioned:
+    """Bytes of syncs against the steps between them, and against the step where that is one."""
+    points = [
+        (row["group"], row["k"], row["share"]["p50"], f"{percent(row['share']['p50'])} of all")
+        for row in sizes
+        if row["group"] in groups
+    ]
+    shown = [row for row in steps if row["group"] in groups]
+    title = "Bytes of a sync after k steps, of those of all weights, median"
+    charts = _over_k(title, points, scale_of((p[2] for p in points), log=True), series)
+    if shown:
+        title = "Bytes of the sync of each step, of those of all weights"
+        x = scale_of([row["step"] for row in shown], pad=0.02)
+        frame = Frame(
+            x, scale_of((row["share"] for row in shown), log=True), _integer, short_percent
+        )
+        lines = [
+            frame.line(
+                series.style(group),
+                [(row["step"], row["share"]) for row in shown if row["group"] == group],
+                series.ids(group),
+            )
+            for group in dict.fromkeys(row["group"] for row in shown)
+        ]
+        charts.append((title, frame.chart(title, [], lines, "optimizer step")))
+    return charts
+
+
+def _over_k(
+    title: str, points: Sequence[tuple[str, int, float, str]], y: Scale, series: Series
+) -> Captioned:
+    """Values (group, k, value, what the tip says) against k, doubling by doubling."""
+    if not points:
+        return []
+    last = math.log2(max(k for _, k, *_ in points))
+    frame = Frame(Scale(-0.2, last + 0.2), y, _power_of_two, short_percent, num_ticks=7)
+    lines, parts = [], []
+    for group in dict.fromkeys(group for group, *_ in points):
+        look, ids = series.style(group), series.ids(group)
+        own = [(math.log2(k), value, words) for g, k, value, words in points if g == group]
+        lines.append(frame.line(look, [(x, value) for x, value, _ in own], ids))
+        for x, value, words in own:
+            tip = f"{group}, k = {2**x:.0f}\n{words}"
+            parts.append(frame.mark(look, x, value, tip, ids))
     return [(title, frame.chart(title, parts, lines, "steps (k)"))]
 
 

@@ -40,6 +40,7 @@ from rlsparse.report.rows import (
 )
 from rlsparse.report.series import MAX_LABEL, Series, series_of
 from rlsparse.report.subnetwork_rows import subnetwork_rows
+from rlsparse.report.sync_rows import EARLY_STEPS, LINKS_GBIT_S, size_rows, step_rows, way_rows
 from rlsparse.report.verdict_rows import (
     claim_rows,
     effect_rows,
@@ -64,6 +65,11 @@ _PROVENANCE = (
     "cpu_s", "allow_missing", "dropped_claims",
 )  # fmt: skip
 
+_WAY_NAMES = {
+    "relative": "relative", "absolute": "absolute", "indices": "indices and values",
+    "dense": "dense", "dense_zstd": "dense, zstd",
+}  # fmt: skip
+
 
 def build_report(
     study: StudyBase,
@@ -71,24 +77,26 @@ def build_report(
     out_dir: Path,
     *,
     provenance: Mapping[str, object],
+    links: Sequence[float] = LINKS_GBIT_S,
 ) -> Path:
     """Write ``index.html`` and ``report.json`` into ``out_dir``, each atomically.
 
     Args:
         study: the resolved study.
         tables: ``trials``, and as far as they exist ``steps``, ``changes``, ``magnitudes``,
-            ``overlaps``, ``consensus``, ``spectra``, ``agreement``, ``effects``, ``terms``,
-            ``means`` and ``claims`` (see ``schemas``). ``trials`` may have the further columns
-            ``config`` (JSON of the trial) and ``label``.
+            ``overlaps``, ``consensus``, ``spectra``, ``agreement``, ``syncs``, ``effects``,
+            ``terms``, ``means`` and ``claims`` (see ``schemas``). ``trials`` may have the further
+            columns ``config`` (JSON of the trial) and ``label``.
         out_dir: made when missing.
         provenance: what the page states at its end; known keys are ``command``, ``git_commit``,
             ``study_sha256``, ``claims_sha256``, ``versions`` (a mapping), ``hosts``, ``wall_s`` and
             ``cpu_s`` (sums over trials) and ``allow_missing``.
+        links: Gbit/s for which the pauses of weight syncs are given.
 
     Returns:
         Path of ``index.html``.
     """
-    content = _content(study, tables, provenance)
+    content = _content(study, tables, provenance, links)
     series = series_of(content["cells"])
     page = render(
         "page.html.jinja",
@@ -111,6 +119,8 @@ def build_report(
             "agreement_definitions": AGREEMENT_DEFINITIONS,
             "mask_labels": _mask_labels(content["subnetworks"]),
             "nulls": NULLS,
+            "early_steps": EARLY_STEPS,
+            "way_names": _WAY_NAMES,
             "explained": _of_runs(content["relations"]),
             "probe_heads": {
                 "split": probe_rows.SPLIT,
@@ -156,7 +166,10 @@ def _summary(trials: Sequence[Row]) -> list[Row]:
 
 
 def _content(
-    study: StudyBase, tables: Mapping[str, pa.Table], provenance: Mapping[str, object]
+    study: StudyBase,
+    tables: Mapping[str, pa.Table],
+    provenance: Mapping[str, object],
+    links: Sequence[float],
 ) -> Row:
     """All numbers of the report, as JSON values."""
     plain = trial_rows(study, tables)
@@ -195,6 +208,12 @@ def _content(
         "overlap_map": _overlap_map(trials, cells, pairs),
         "consensus": consensus_rows(study, tables, by_cell),
         "subnetworks": subnetwork_rows(trials, tables),
+        "syncs": {
+            "links": [*links],
+            "sizes": size_rows(trials, tables),
+            "ways": way_rows(trials, tables, links),
+            "steps": step_rows(drawn, tables),
+        },
         "effects": effect_rows(tables),
         "terms": term_rows(tables),
         "means": mean_rows(tables),
@@ -295,6 +314,9 @@ def _figures(content: Row, series: Series) -> dict[str, Any]:
         "gain": charts.gain_chart(trials, series),
         "loss": charts.loss_charts(content["curves"], groups, series),
         "subnetworks": _subnetwork_figures(content, series),
+        "syncs": charts.sync_charts(
+            content["syncs"]["sizes"], content["syncs"]["steps"], groups, series
+        ),
         "density": heat_maps.density_maps(content["density"], series),
         "magnitude": charts.magnitude_chart(content["magnitudes"], groups, series),
         "ranks": charts.rank_charts(content["ranks"], series),

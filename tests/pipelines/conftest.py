@@ -1,15 +1,16 @@
 """One small study, run once by the real command; most tests of the pipeline look at its files."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from command import Command, StudyRun, run_study
 from typer.testing import CliRunner
 
-from pipelines import cli
+from pipelines import cli, parts
 from pipelines.plan import make_plan
+from rlsparse.errors import PatchError
 
 E2E = """
 question: Does every stage of the pipeline work?
@@ -62,3 +63,15 @@ def study_copy(study_run: StudyRun, tmp_path: Path) -> StudyRun:
     shutil.copytree(study_run.storage, storage)
     plan = make_plan(study_run.plan.study, str(storage))
     return StudyRun(study_run.yaml, storage, plan, study_run.result, study_run.command)
+
+
+@pytest.fixture
+def tasks_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks that make parts of tables run in this process, without Ray."""
+
+    def run(measure: object, items: Sequence[parts.Item]) -> None:
+        errors = [parts._try_measure(item, measure)["error"] for item in items]  # type: ignore[arg-type]
+        if any(errors):
+            raise PatchError("\n".join(filter(None, errors)))
+
+    monkeypatch.setattr(parts, "run", run)
