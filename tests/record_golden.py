@@ -1,11 +1,17 @@
-"""Records the golden files: ``python tests/record_golden.py``. Tests never write them.
+"""Records golden files: ``python tests/record_golden.py trial_ids`` or ``patches``; tests never do.
 
 ``golden/trial_ids.json`` changes only when the identity of trials does, and then every study of an
 earlier release starts from nothing: record it only on purpose.
+
+``golden/*.patch.safetensors`` are patches that all later releases must read. They are recorded anew
+only with a new ``rlsparse.patch.file.FORMAT_VERSION``.
 """
 
 import json
+import sys
 from pathlib import Path
+
+import golden_patches
 
 from rlsparse.config import TrialConfig
 from rlsparse.identity import trial_id
@@ -46,6 +52,23 @@ def trial_ids() -> dict[str, str]:
     }
 
 
-if __name__ == "__main__":
+def record_patches() -> None:
+    """Write the golden patches, one of each coding and compression."""
+    for way in golden_patches.WAYS:
+        file = golden_patches.golden_file(*way)
+        golden_patches.write_golden(file, *way)
+        print(f"recorded {file}")
+
+
+def record_trial_ids() -> None:
+    """Write the golden identities."""
     TRIAL_IDS.write_text(json.dumps(trial_ids(), indent=2) + "\n", encoding="utf-8")
     print(f"recorded {TRIAL_IDS}")
+
+
+RECORDERS = {"trial_ids": record_trial_ids, "patches": record_patches}
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1] not in RECORDERS:
+        sys.exit(f"usage: python tests/record_golden.py {'|'.join(RECORDERS)}")
+    RECORDERS[sys.argv[1]]()

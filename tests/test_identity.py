@@ -1,6 +1,6 @@
 """A trial's name is the hash of all that determines its bits, and of nothing else.
 
-The names in ``golden/trial_ids.json`` are recorded by ``python tests/record_golden.py``.
+The names in ``golden/trial_ids.json`` are recorded by ``python tests/record_golden.py trial_ids``.
 """
 
 import hashlib

@@ -523,6 +523,11 @@ def test_tables_that_contradict_themselves(forged, change):
         lambda tensor, arrays: arrays.pop("t.data"),
         lambda tensor, arrays: arrays.update({"t.blocks": arrays["t.blocks"][:2]}),
         lambda tensor, arrays: arrays.update({"t.sizes": arrays["t.sizes"].astype(np.uint32)}),
+        lambda tensor, arrays: arrays.update({"other.data": arrays["t.data"]}),
+        lambda tensor, arrays: tensor.update(xxh3_before=5),
+        lambda tensor, arrays: tensor.update(shape=[300.0]),
+        lambda tensor, arrays: tensor.update(xxh3_after=tensor["xxh3_before"]),
+        lambda tensor, arrays: (tensor.update(num_changed=0), arrays.clear()),
     ],
 )
 def test_headers_that_make_no_sense(forged, change):
@@ -609,11 +614,21 @@ def test_other_files_are_no_patches(tmp_path, pair):
     planted.write_file(tmp_path / "future", {}, {METADATA_KEY: json.dumps({"version": "9"})})
     with pytest.raises(PatchError, match="format 9, this release reads 2"):
         Patch.open(tmp_path / "future")
-    text = json.dumps({"version": "2", "values": "other"})
-    notes = {METADATA_KEY: text, CHECKSUM_KEY: xxhash.xxh3_128_hexdigest(text.encode())}
-    planted.write_file(tmp_path / "other", {}, notes)
-    with pytest.raises(PatchError, match=r"damaged patch header .*values are 'other'"):
-        Patch.open(tmp_path / "other")
+    good = {
+        "version": "2", "values": "absolute", "base_fingerprint": "f",
+        "metadata": {}, "tensors": {},
+    }  # fmt: skip
+    for text, message in {
+        json.dumps(good | {"values": "other"}): "values are 'other'",
+        json.dumps(good | {"base_fingerprint": 5}): "the fingerprint or a note is no text",
+        json.dumps(good | {"metadata": {"version": 5}}): "the fingerprint or a note is no text",
+        json.dumps(good | {"metadata": 5}): "AttributeError",
+        "[" * 100_000: "nested too deep",
+    }.items():
+        notes = {METADATA_KEY: text, CHECKSUM_KEY: xxhash.xxh3_128_hexdigest(text.encode())}
+        planted.write_file(tmp_path / "other", {}, notes)
+        with pytest.raises(PatchError, match=f"damaged patch header .*{message}"):
+            Patch.open(tmp_path / "other")
 
 
 def test_wrong_input_writes_nothing(tmp_path):

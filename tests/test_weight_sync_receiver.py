@@ -8,6 +8,7 @@ import numpy as np
 import planted
 import pytest
 import torch
+import xxhash
 from synced import adam, held, same, served, tiny, train_step
 from together import run_together, send_parts
 
@@ -18,6 +19,7 @@ from rlsparse.patch import Patch, apply_patch, new_patch
 from rlsparse.patch.make import make_patch
 from rlsparse.patch.squash import squash
 from rlsparse.tensor_file import save_checkpoint
+from rlsparse.weight_sync.anchors import AnchorPart, write_anchor
 from rlsparse.weight_sync.receiver import PatchReceiver
 from rlsparse.weight_sync.versions import Notes, VersionFolder
 from rlsparse.weight_sync.writer import PatchWriter
@@ -158,6 +160,63 @@ def test_a_damaged_anchor_is_refused_and_what_is_here_stays(sent, tmp_path):
     with pytest.raises(PatchError, match="has another checksum"):
         receiver.follow()
     assert same(held(receiver), sent.seen[0])
+
+
+def test_every_damaged_byte_of_what_an_anchor_says_is_noticed(tmp_path):
+    """Its version, run and formats, too, of which the weights know nothing."""
+    bits = np.arange(16, dtype=np.uint32)
+    digest = xxhash.xxh3_128_hexdigest(bits.tobytes())
+    file, part = (
+        VersionFolder(tmp_path).anchor_file(0),
+        AnchorPart("fp32", (4, 4), (0, 16), digest, iter([bits])),
+    )
+    write_anchor(file, Notes(0, 0, "run", (1, 1)), {"w": part}, None)
+    content = file.read_bytes()
+    for place in range(len(content)):
+        for flip in (1, 15, 16):  # F32 becomes I32 by the second
+            damaged = bytearray(content)
+            damaged[place] ^= flip
+            file.write_bytes(damaged)
+            with pytest.raises(PatchError):
+                PatchReceiver.open(tmp_path)
+
+
+def write_parts(folder: Path, parts: list[tuple[int, int]], dtypes: list[str]) -> None:
+    """Workers' files of anchor 0, of a tensor of which each has all bits as its number."""
+    for number, (region, dtype) in enumerate(zip(parts, dtypes, strict=True), 1):
+        bits = np.full(region[1] - region[0], number, np.uint16)
+        digest = xxhash.xxh3_128_hexdigest(bits.tobytes())
+        notes = Notes(0, 0, "run", (number, len(parts)))
+        part = AnchorPart(dtype, (10, 10), region, digest, iter([bits]))
+        file = VersionFolder(folder).anchor_file(0, notes.part)
+        write_anchor(file, notes, {"w": part}, None)
+
+
+def test_parts_of_an_anchor_that_are_no_whole_are_refused(tmp_path):
+    write_parts(tmp_path, [(0, 60), (60, 100), (100, 100), (100, 100)], ["bf16"] * 4)
+    assert PatchReceiver.open(tmp_path).tensors["w"].bits.tolist() == [1] * 60 + [2] * 40
+    for parts in ([(0, 100), (0, 100)], [(0, 60), (50, 100)], [(0, 60), (60, 90)]):
+        shutil.rmtree(VersionFolder(tmp_path).anchor(0))
+        write_parts(tmp_path, parts, ["bf16"] * 2)
+        with pytest.raises(PatchError, match="give the files of all workers"):
+            PatchReceiver.open(tmp_path)
+    write_parts(tmp_path, [(0, 60), (60, 100)], ["bf16", "fp16"])
+    with pytest.raises(PatchError, match="its parts say that w is of several shapes or formats"):
+        PatchReceiver.open(tmp_path)
+
+
+def test_files_under_the_names_of_others_are_refused(sent, tmp_path):
+    """A patch of the version before, taken again and again, would never end."""
+    shutil.copy(sent.file(1), tmp_path / sent.file(1).name)
+    shutil.copy(sent.file(1), tmp_path / sent.file(2).name)
+    receiver = PatchReceiver.from_checkpoint(TINY, tmp_path)
+    with pytest.raises(PatchError, match=r"version-000002.* has version 1, not the one of its nam"):
+        receiver.follow()
+    assert (receiver.version, same(held(receiver), sent.seen[1])) == (1, True)
+    shutil.copytree(VersionFolder(sent.path).anchor(0), VersionFolder(tmp_path).anchor(7))
+    with pytest.raises(PatchError, match=r"anchor-000007 has version 0, not the one of its name"):
+        receiver.resynchronise()
+    assert (receiver.version, same(held(receiver), sent.seen[1])) == (1, True)
 
 
 def test_memory_that_fails_is_noticed_and_ends_in_an_anchor(sent):

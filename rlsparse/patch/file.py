@@ -1,7 +1,6 @@
 """A patch file that was opened: its header, its tables, and what they say of each tensor."""
 
 import itertools
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from rlsparse.patch import blocks, values
 from rlsparse.patch.blocks import Block, Entry
 from rlsparse.patch.codec import Positions
 from rlsparse.patch.values import CODINGS, Coding
-from rlsparse.tensor_file import ITEMSIZE, Bits, TensorInfo, read_header
+from rlsparse.tensor_file import ITEMSIZE, Bits, TensorInfo, parse_json, read_header, unique
 
 FORMAT_VERSION = "2"
 METADATA_KEY = "rlsparse_patch"
@@ -25,6 +24,7 @@ CHECKSUM_KEY = "rlsparse_patch_checksum"
 PATCH_FILE = "weights.patch.safetensors"
 
 _AGAIN = "write it again"
+_ARRAYS = ("blocks", "sizes", "data")
 MAX_BLOCK = 2**31
 """Elements of a block, so that positions fit 32 bits."""
 
@@ -107,7 +107,7 @@ class Patch:
             raise PatchError(f"{path} is not a patch: no {METADATA_KEY} in its metadata")
         text = notes[METADATA_KEY]
         try:
-            content = json.loads(text)
+            content = parse_json(text.encode(), unique)
             if content["version"] != FORMAT_VERSION:
                 raise PatchError(
                     f"{path} is a patch of format {content['version']}, this release reads "
@@ -122,6 +122,7 @@ class Patch:
                 path, content["values"], content["base_fingerprint"], content["metadata"],
                 tensors, arrays,
             )  # fmt: skip
+            patch._check_header()
             for name, tensor in tensors.items():
                 patch._check(name, tensor)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -130,16 +131,33 @@ class Patch:
             raise PatchError(f"{path} has a damaged patch header ({error!r}): {_AGAIN}") from error
         return patch
 
+    def _check_header(self) -> None:
+        strings = (self.base_fingerprint, *self.metadata.values())
+        if not all(isinstance(text, str) for text in strings):
+            raise ValueError("the fingerprint or a note is no text")
+        changed = [name for name, tensor in self.tensors.items() if tensor.num_changed]
+        expected = {f"{name}.{key}" for name in changed for key in _ARRAYS}
+        if self.arrays.keys() != expected:
+            raise ValueError(f"arrays {sorted(self.arrays.keys() ^ expected)[:3]}")
+
     def _check(self, name: str, tensor: PatchedTensor) -> None:
         width = self._num_streams(tensor)
+        numbers = (*tensor.shape, tensor.num_changed, *(tensor.part or ()))
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"numbers of {name}")
+        sums = (tensor.xxh3_before, tensor.xxh3_after, tensor.xxh3_table)
+        if not all(isinstance(text, str) for text in sums):
+            raise ValueError(f"checksums of {name}")
         start, stop = tensor.part or (0, math.prod(tensor.shape))
         if not 0 <= start <= stop <= math.prod(tensor.shape):
             raise ValueError(f"elements {start} to {stop} of {name}")
         if not 0 <= tensor.num_changed <= tensor.num_elements:
             raise ValueError(f"{tensor.num_changed} changes of {name}")
+        if (tensor.num_changed == 0) != (tensor.xxh3_before == tensor.xxh3_after):
+            raise ValueError(f"{tensor.num_changed} changes and the checksums of {name}")
         if not tensor.num_changed:
             return
-        found = [self.arrays[f"{name}.{key}"] for key in ("blocks", "sizes", "data")]
+        found = [self.arrays[f"{name}.{key}"] for key in _ARRAYS]
         kinds = [(info.dtype, len(info.shape), info.shape[1:]) for info in found]
         expected = [("u64", 2, (len(Entry._fields),)), ("u64", 2, (width,)), ("u8", 1, ())]
         if kinds != expected or found[0].shape[0] != found[1].shape[0]:

@@ -119,25 +119,27 @@ class PatchReceiver:
             CheckpointError: the folder is gone.
         """
         while step := self._next(math.inf if until is None else until):
-            files, go_on = step
+            version, files, go_on = step
             try:
                 go_on(files, on_change)
             except PatchError:
                 if self._is_broken or all(file.exists() for file in files):
                     raise
-                # They were cleaned away in the meantime: look again.
+                continue  # They were cleaned away in the meantime: look again.
+            if self.version < version:  # a copy of an earlier one: it would be taken for ever
+                raise PatchError(_misnamed(files[0], self.version))
         return self.version
 
-    def _next(self, until: float) -> tuple[list[Path], Callable[..., Any]] | None:
-        """The files to take next, and what takes them."""
+    def _next(self, until: float) -> tuple[int, list[Path], Callable[..., Any]] | None:
+        """The version to take next, its files, and what takes them."""
         folder = self._known_folder()
         patches, anchors = (
             {version: files for version, files in found.items() if self.version < version <= until}
             for found in (folder.patches(), folder.anchors())
         )
         if self.version + 1 not in patches and anchors:
-            return anchors[max(anchors)], self._load
-        return (patches[min(patches)], self.apply) if patches else None
+            return max(anchors), anchors[max(anchors)], self._load
+        return (min(patches), patches[min(patches)], self.apply) if patches else None
 
     def apply(self, files: Path | Sequence[Path], on_change: OnChange | None = None) -> bool:
         """Go on to the version that a patch leads to; all is checked before anything is changed.
@@ -228,7 +230,7 @@ class PatchReceiver:
                     )
                 regions.setdefault(name, []).append(_region(said.part, own))
         for name, found in regions.items():
-            check_cover(str(patches[0].path), name, self.tensors[name], found)
+            check_cover(str(patches[0].path), name, self.tensors[name].bits.size, found)
         for patch in patches:
             for name, said in patch.tensors.items():
                 own = self.tensors[name]
@@ -289,7 +291,10 @@ class PatchReceiver:
         self._load(files, on_change)
 
     def _load(self, files: list[Path], on_change: OnChange | None) -> None:
-        notes, self.tensors = read_anchor(files)
+        notes, tensors = read_anchor(files)
+        if self._known_folder().anchor(notes.version) != files[0].parent:
+            raise PatchError(_misnamed(files[0].parent, notes.version))
+        self.tensors = tensors
         self.version, self.stream, self._is_broken = notes.version, notes.stream, False
         self._settings_from = files[0].parent
         if on_change:
@@ -359,6 +364,10 @@ def rebuild(folder: Path, out: Path, version: int | None = None) -> int:
 def _check_empty(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise PatchError(f"{folder} is there already and is not an empty folder; give another")
+
+
+def _misnamed(path: Path, version: int) -> str:
+    return f"{path} has version {version}, not the one of its name: give files their own names"
 
 
 def _region(part: Region | None, tensor: HostTensor) -> Region:
