@@ -32,4 +32,4 @@ class Codec(Protocol):
 def address(array: NDArray[Any]) -> int:
     """Where a kernel finds an array."""
     assert array.flags.c_contiguous
-    return int(array.ctypes.data)
+    return int(array.__array_interface__["data"][0])  # array.ctypes takes twice as long

@@ -231,8 +231,8 @@ class Changes:
     """
 
     def __init__(self, patch: Patch, name: str) -> None:
-        self._patch = patch
-        self._name = name
+        self.patch = patch
+        self.name = name
         self._table = patch.blocks(name)
         self._stops = np.array([entry.stop for entry, _ in self._table], np.int64)
         ends = np.cumsum([0, *(sum(sizes) for _, sizes in self._table)]).tolist()
@@ -270,7 +270,7 @@ class Changes:
             PatchError: the patch is damaged.
         """
         for positions, found in self.between(start, start + bits.size):
-            values.apply(self._patch.values, found, positions, bits)
+            values.apply(self.patch.values, found, positions, bits)
 
     def check(self) -> None:
         """Read and decode all blocks.
@@ -284,16 +284,16 @@ class Changes:
     def _decoded(self, number: int, start: int) -> Block:
         if number != self._at:
             entry, sizes = self._table[number]
-            dtype = self._patch.tensors[self._name].dtype
-            data = self._patch.arrays[f"{self._name}.data"]
+            dtype = self.patch.tensors[self.name].dtype
+            data = self.patch.arrays[f"{self.name}.data"]
             try:
                 payload = data.read(*self._offsets[number : number + 2])
                 self._block = blocks.decode(
-                    payload, entry, start, sizes, self._patch.values, ITEMSIZE[dtype]
+                    payload, entry, start, sizes, self.patch.values, ITEMSIZE[dtype]
                 )
             except (PatchError, CheckpointError) as error:
                 raise PatchError(
-                    f"{self._patch.path} is damaged at tensor {self._name}: {error}"
+                    f"{self.patch.path} is damaged at tensor {self.name}: {error}"
                 ) from error
             self._at = number
         return self._block

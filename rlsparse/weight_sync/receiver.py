@@ -164,13 +164,12 @@ class PatchReceiver:
             return False
         self._check_base(files[0], notes)
         self._check_fit(patches)
-        for patch in patches:
-            for name in patch.tensors:
-                Changes(patch, name).check()
+        changes = [Changes(patch, name) for patch in patches for name in patch.tensors]
+        for one in changes:
+            one.check()
         self._is_broken = True
-        for patch in patches:
-            for name in patch.tensors:
-                self._apply_one(patch, name, on_change)
+        for one in changes:  # the last block of each is still decoded, mostly the only one
+            self._apply_one(one, on_change)
         self.version, self.stream, self._is_broken = notes.version, notes.stream, False
         return True
 
@@ -240,10 +239,11 @@ class PatchReceiver:
                         f"here at version {self.version}; {self._remedy()}"
                     )
 
-    def _apply_one(self, patch: Patch, name: str, on_change: OnChange | None) -> None:
+    def _apply_one(self, changes: Changes, on_change: OnChange | None) -> None:
+        patch, name = changes.patch, changes.name
         said, own = patch.tensors[name], self.tensors[name]
         start, stop = _region(said.part, own)
-        changes, digest = Changes(patch, name), xxhash.xxh3_128()
+        digest = xxhash.xxh3_128()
         places: list[NDArray[np.int64]] = []
         for low in range(start, stop, _PIECE) if said.num_changed else ():
             piece = own.bits[low : min(low + _PIECE, stop)]
