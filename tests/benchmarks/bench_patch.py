@@ -8,8 +8,11 @@ has /dev/shm, by turns in each round:
 
 - rlsparse: ``write_patch`` from arrays, and ``after_pieces``, which reads the base, applies the
   patch and checks the result, without writing it;
-- deltas: index differences and the bits after, each compressed by zstd, with numpy (the coding of
-  SparrowRL and of several products), from arrays to arrays;
+- deltas: flat index differences and the bits after, each compressed by zstd, with numpy, from
+  arrays to arrays, without checksums: the least that the way in use takes;
+- coo: that way as products have it (written after the description of grail's sparse codec 3.1, in
+  arXiv 2602.03839 and its code): sorted rows and columns, differences within each row, the bits
+  after, all under zstd; decoded row by row; likewise;
 - copy: the whole checkpoint, read and written by ``shutil``; zstd: the whole checkpoint compressed.
 
 Prints sizes as a share of the whole checkpoint, bytes per changed weight, GB of the checkpoint per
@@ -17,6 +20,7 @@ second, and ratios of times within a round (median, range).
 """
 
 import argparse
+import itertools
 import json
 import math
 import shutil
@@ -37,6 +41,8 @@ from rlsparse.patch.apply import after_pieces
 from rlsparse.tensor_file import SINGLE_FILE, Bits, save_checkpoint
 
 ZSTD = pa.Codec("zstd", 1)
+ROW = 1024
+"""Length of a row of a vector, for coo."""
 Tensors = dict[str, tuple[tuple[int, ...], Bits]]
 
 
@@ -92,6 +98,44 @@ def apply_deltas(before: Tensors, encoded: list[tuple[str, Any, int, Any]]) -> N
         bits[index] = np.frombuffer(ZSTD.decompress(values, 2 * count), np.uint16)
 
 
+def encode_coo(before: Tensors, after: Tensors) -> list[tuple[str, Any, list[Any], int]]:
+    """What grail's codec makes of two checkpoints."""
+    found = []
+    for name, (shape, bits) in after.items():
+        width = shape[-1] if len(shape) > 1 else ROW
+        rows, columns = np.divmod(np.flatnonzero(bits != before[name][1]), width)
+        order = np.lexsort((columns, rows))
+        rows, columns = rows[order], columns[order]
+        row_steps, steps = np.diff(rows, prepend=0), np.diff(columns, prepend=0)
+        steps[row_steps > 0] = columns[row_steps > 0]  # absolute where a row begins
+        parts = [_narrow(row_steps), _narrow(steps), bits[rows * width + columns]]
+        blob = b"".join(part.tobytes() for part in parts)
+        kinds = [(part.dtype, part.size) for part in parts]
+        found.append((name, ZSTD.compress(blob), [*kinds, len(blob)], width))
+    return found
+
+
+def _narrow(values: Any) -> Any:
+    top = values.max(initial=0)
+    return values.astype(np.uint8 if top < 2**8 else np.uint16 if top < 2**16 else np.int32)
+
+
+def apply_coo(before: Tensors, encoded: list[tuple[str, Any, list[Any], int]]) -> None:
+    """The way back, a row at a time."""
+    for name, blob, (*kinds, size), width in encoded:
+        raw, at, parts = ZSTD.decompress(blob, size), 0, []
+        for dtype, count in kinds:
+            parts.append(np.frombuffer(raw, dtype, count, at))
+            at += count * dtype.itemsize
+        row_steps, steps, values = parts
+        rows, columns = np.cumsum(row_steps, dtype=np.int64), steps.astype(np.int64)
+        starts = [0, *np.flatnonzero(row_steps[1:]) + 1, rows.size]
+        for low, high in itertools.pairwise(starts):
+            columns[low:high] = np.cumsum(columns[low:high])
+        bits = before[name][1].copy()
+        bits[rows * width + columns] = values
+
+
 def drain(pieces: Iterator[Bits]) -> None:
     """Run to the end."""
     for _ in pieces:
@@ -110,13 +154,15 @@ def measure(folder: Path, before: Tensors, after: Tensors, rounds: int) -> dict[
     def take(name: str, work: Callable[[], object]) -> None:
         times.setdefault(name, []).append(seconds(work))
 
-    encoded = encode_deltas(before, after)
+    encoded, encoded_coo = encode_deltas(before, after), encode_coo(before, after)
     for _ in range(rounds):
         take("encode", lambda: write_patch(path, pairs, base_fingerprint="f"))
         patch = Patch.open(path)
         take("apply", lambda: [drain(after_pieces(base, patch, n)) for n in before])  # noqa: B023
         take("encode_deltas", lambda: encode_deltas(before, after))
         take("apply_deltas", lambda: apply_deltas(before, encoded))
+        take("encode_coo", lambda: encode_coo(before, after))
+        take("apply_coo", lambda: apply_coo(before, encoded_coo))
         take("copy", lambda: shutil.copyfile(whole, folder / "copy"))
     size = sum(bits.nbytes for _, bits in after.values())
     zstd = sum(ZSTD.compress(bits.data).size for _, bits in after.values())
@@ -126,12 +172,15 @@ def measure(folder: Path, before: Tensors, after: Tensors, rounds: int) -> dict[
         "density": patch.num_changed / (size / 2),
         "share": patch.size_bytes / size,
         "share_deltas": deltas / size,
+        "share_coo": sum(blob.size for _, blob, *_ in encoded_coo) / size,
         "share_zstd": zstd / size,
         "bytes_per_change": patch.size_bytes / patch.num_changed,
         "encode_gb_s": size / 1e9 / statistics.median(times["encode"]),
         "apply_gb_s": size / 1e9 / statistics.median(times["apply"]),
         "encode_speedup": ratios(times["encode_deltas"], times["encode"]),
         "apply_speedup": ratios(times["apply_deltas"], times["apply"]),
+        "encode_speedup_coo": ratios(times["encode_coo"], times["encode"]),
+        "apply_speedup_coo": ratios(times["apply_coo"], times["apply"]),
         "apply_of_copy": ratios(times["copy"], times["apply"]),
     }
 
@@ -154,8 +203,7 @@ def main() -> None:
     options = parser.parse_args()
     memory = Path("/dev/shm")
     rows = []
-    print("density   whole %  deltas %  zstd %  B/change   enc, apply GB/s   ", end="")
-    print("x deltas: encode             apply                  x copy: apply")
+    print("sizes in % of all weights; times: how often as fast, median (range)")
     for percent in [math.nan] if options.base else options.densities:
         with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
             sides = (
@@ -164,17 +212,26 @@ def main() -> None:
             )  # fmt: skip
             row = measure(Path(folder), *sides, options.rounds)
         rows.append(row)
-        shown = "   ".join(
-            f"{row[k][0]:5.1f} ({row[k][1]:.1f} .. {row[k][2]:.1f})"
-            for k in ("encode_speedup", "apply_speedup")
-        )
-        copy = "{:.2f} ({:.2f} .. {:.2f})".format(*row["apply_of_copy"])
+        shown = ", ".join(
+            f"{name} {100 * row[key]:.3f}"
+            for name, key in (
+                ("patch", "share"), ("deltas", "share_deltas"), ("coo", "share_coo"),
+                ("zstd", "share_zstd"),
+            )
+        )  # fmt: skip
         print(
-            f"{100 * row['density']:6.2f}% {100 * row['share']:9.3f} "
-            f"{100 * row['share_deltas']:9.3f} {100 * row['share_zstd']:7.1f} "
-            f"{row['bytes_per_change']:9.2f} "
-            f"{row['encode_gb_s']:8.2f} {row['apply_gb_s']:8.2f}      {shown}   {copy}"
+            f"{100 * row['density']:.2f} % changed: {shown}; {row['bytes_per_change']:.2f} B/change"
         )
+        for work in ("encode", "apply"):
+            times = [
+                f"{name} {row[key][0]:.2f} ({row[key][1]:.2f} .. {row[key][2]:.2f})"
+                for name, key in (
+                    ("deltas", f"{work}_speedup"), ("coo", f"{work}_speedup_coo"),
+                    ("copy", f"{work}_of_copy"),
+                )
+                if key in row
+            ]  # fmt: skip
+            print(f"    {work} {row[f'{work}_gb_s']:.2f} GB/s: {', '.join(times)}")
         sys.stdout.flush()
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2))
