@@ -11,7 +11,7 @@ from rlsparse.report.rows import Row, Tables
 LINKS_GBIT_S = (1.0, 10.0, 100.0)
 """Links for which pauses are given, unless others are asked for."""
 EARLY_STEPS = 20
-"""The first steps are the densest (2602.03839: while Adam's moments fill, and in its warm-up)."""
+"""The first steps can be the densest (2602.03839), while Adam's moments fill."""
 _SHOWN_K = (1, 8, 64)
 _MIN_SPLIT = 4
 """Windows in all from which the early ones and the later are told apart."""

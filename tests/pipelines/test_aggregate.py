@@ -142,9 +142,10 @@ class Seen:
         self.allow_missing: list[bool] = []
         build, judge = aggregate.build_report, aggregate.judge
 
-        def build_report(*given: Any, provenance: dict[str, Any]) -> Path:
+        def build_report(*given: Any, provenance: dict[str, Any], links: Any) -> Path:
             self.provenance = provenance
-            return build(*given, provenance=provenance)
+            self.links = links
+            return build(*given, provenance=provenance, links=links)
 
         def judge_claims(*given: Any, allow_missing: bool, num_dropped: int) -> pa.Table:
             self.allow_missing.append(allow_missing)
@@ -158,7 +159,8 @@ def test_the_report_says_what_made_the_study(
     study_copy: StudyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = Seen(monkeypatch)
-    aggregate.rebuild(study_copy.plan.storage, allow_missing=True)
+    aggregate.rebuild(study_copy.plan.storage, allow_missing=True, links=[25.0])
+    assert seen.links == [25.0]
     trials = read_table(study_copy.plan.storage, "trials").to_pylist()
     made = seen.provenance
     assert made["command"].startswith("rlsparse run ")
