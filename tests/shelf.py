@@ -39,7 +39,7 @@ def cut(name: str, **given: Any) -> TrialConfig:
         {
             "algorithm": {"name": name, **own, **given.pop("algorithm", {})},
             "task": {"num_train_problems": 12, "num_eval_problems": 8},
-            "probe": PROBE,
+            "probe": PROBE | given.pop("probe", {}),
             "train": {**train, "learning_rate": 1e-4, **given},
         }
     )

@@ -71,7 +71,8 @@ def test_no_temporary_file_is_left(study_run: StudyRun) -> None:
     assert not (study_run.folder / "driver.lock").exists()
 
 
-OTHERS = {"agreement", "spectra", "stripes"}  # of masks, of request, of pairs of checkpoints
+OTHERS = {"agreement", "syncs", "spectra", "stripes"}
+"""Tables of masks, of patches of steps, of request, of pairs of checkpoints."""
 
 
 @pytest.mark.parametrize("name", sorted(tables.SCHEMAS.keys() - OTHERS))

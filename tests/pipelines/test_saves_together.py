@@ -18,7 +18,12 @@ from rlsparse.study import Study
 CASES: dict[tuple[str, str], dict[str, Any]] = {
     ("ddp", "grpo"): {"precision": "bf16-mixed", "algorithm": {"reward": "random"}},
     ("ddp", "ppo"): {"precision": "bf16-weights"},
-    ("fsdp", "sft"): {"precision": "bf16", "lr_schedule": "cosine", "warmup_steps": 4},
+    ("fsdp", "sft"): {
+        "precision": "bf16",
+        "lr_schedule": "cosine",
+        "warmup_steps": 4,
+        "probe": {"step_patches": False},  # of which each worker has a part
+    },
 }
 """What each worker draws for itself, a model beside the policy, and parts of all."""
 
