@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -165,8 +166,90 @@ def test_an_engine_follows_in_place(tmp_path):
         assert same(served(engine), served(model))
     assert places == {name: weight.data_ptr() for name, weight in engine.named_parameters()}
     for wrong in ({}, {n: w.float() for n, w in engine.named_parameters()}):
-        with pytest.raises(PatchError, match="under the names and in the format"):
+        with pytest.raises(PatchError, match="all weights under the names, in the format"):
             receiver.hand_out(scatter(wrong))
+
+
+def test_another_engine_is_refused_before_any_weight_is_written(tmp_path):
+    """Of another format of the same size, another shape, without a name, or in another order."""
+    model, engine = tiny(), tiny("bf16")
+    PatchWriter(model, tmp_path)
+    receiver, own = PatchReceiver.open(tmp_path), dict(engine.named_parameters())
+    last, (rows, columns) = "model.norm.weight", own["model.embed_tokens.weight"].shape
+    embed = "model.embed_tokens.weight"
+    wrongs = [
+        own | {last: own[last].to(torch.float16)},
+        own | {embed: torch.zeros(rows + 8, columns + 32, dtype=torch.bfloat16)},
+        own | {embed: own[embed].detach().flatten()},
+        own | {embed: torch.zeros(columns, rows, dtype=torch.bfloat16).T},
+        {name: weight for name, weight in own.items() if name != last},
+    ]
+    for wrong in wrongs:
+        before = {name: bits_of(weight) for name, weight in wrong.items()}
+        for use in (receiver.hand_out, receiver.follow):
+            PatchWriter(model, tmp_path)  # another run: its anchor is to be taken
+            with pytest.raises(PatchError, match="give all weights under the names"):
+                use(scatter(wrong))
+        assert same({name: bits_of(weight) for name, weight in wrong.items()}, before)
+
+
+def test_nothing_is_sent_after_the_end(tmp_path):
+    model = tiny()
+    optimizer, writer = adam(model), PatchWriter(model, tmp_path)
+    writer.attach(optimizer)
+    train_step(model, optimizer, 0)
+    writer.close()
+    train_step(model, optimizer, 1)
+    assert sorted(VersionFolder(tmp_path).patches()) == [1]
+    for use in (writer.step, writer.emit):
+        with pytest.raises(ConfigError, match=r"closed; make a new one"):
+            use()
+    writer.close()
+
+
+def test_a_run_that_was_overtaken_writes_no_more(tmp_path):
+    """Of a job that still runs beside its successor."""
+    model = tiny()
+    optimizer, old = adam(model), PatchWriter(model, tmp_path)
+    receiver = PatchReceiver.open(tmp_path)
+    new = PatchWriter(model, tmp_path)
+    train_step(model, optimizer, 0)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.safetensors")}
+    with pytest.raises(StorageError, match=r"version 1 cannot be written: another run has written"):
+        old.emit()
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.safetensors")} == before
+    new.emit()
+    assert receiver.follow() == 2
+    assert same(held(receiver), served(model))
+
+
+def test_a_new_run_in_a_folder_that_was_emptied_is_taken(tmp_path):
+    model = tiny()
+    optimizer, old = adam(model), PatchWriter(model, tmp_path / "sync")
+    receiver = PatchReceiver.open(tmp_path / "sync")
+    train_step(model, optimizer, 0)
+    old.emit()
+    assert receiver.follow() == 1
+    shutil.rmtree(tmp_path / "sync")
+    train_step(model, optimizer, 1)
+    PatchWriter(model, tmp_path / "sync")
+    assert receiver.follow() == 0
+    assert same(held(receiver), served(model))
+
+
+def test_a_trainer_ends_although_the_last_version_cannot_be_written(tmp_path, monkeypatch):
+    model = tiny()
+    callback = PatchWriterCallback(tmp_path)
+    callback.on_train_begin(None, None, None, model=model)
+    train_step(model, adam(model), 0)
+    monkeypatch.setattr(callback.writer, "_sent_step", -1)
+
+    def fail(*_, **__) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(callback.writer, "_write_patch", fail)
+    with pytest.warns(RlsparseWarning, match=r"lacks the last changes: version 1 .*No space"):
+        callback.on_train_end(None, None, None)
 
 
 def test_a_trainer_sends_by_callback(tmp_path):

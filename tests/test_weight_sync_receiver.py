@@ -15,7 +15,7 @@ from together import run_together, send_parts
 from rlsparse.checkpoint import Checkpoint
 from rlsparse.errors import CheckpointError, PatchError
 from rlsparse.models import TINY
-from rlsparse.patch import Patch, apply_patch, new_patch
+from rlsparse.patch import Patch, apply_patch, new_patch, verify_patch
 from rlsparse.patch.make import make_patch
 from rlsparse.patch.squash import squash
 from rlsparse.tensor_file import save_checkpoint
@@ -278,6 +278,9 @@ def test_what_is_cleaned_away_while_it_is_looked_for(sent, tmp_path, monkeypatch
 
 def test_versions_are_patches_like_any_other(sent, tmp_path):
     apply_patch(TINY, sent.file(1), tmp_path / "after")
+    verify_patch(Checkpoint.open(TINY), Patch.open(sent.file(1)))
+    with pytest.raises(PatchError, match="belongs to another base"):
+        verify_patch(Checkpoint.open(TINY), Patch.open(sent.file(2)))
     receiver = PatchReceiver.from_checkpoint(tmp_path / "after", sent.path, version=1)
     assert receiver.follow() == NUM_VERSIONS
 

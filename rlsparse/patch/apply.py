@@ -52,11 +52,13 @@ def check_fit(base: Checkpoint, patch: Patch) -> None:
 def check_base(base: Checkpoint, patch: Patch, base_fingerprint: str) -> None:
     """Refuse a base that the patch was not made against, by the fingerprint; nothing is read.
 
+    Versions of a weight sync name no fingerprint: of them checksums alone tell, when they are read.
+
     Raises:
         PatchError: as ``check_fit``, or another fingerprint.
     """
     check_fit(base, patch)
-    if base_fingerprint != patch.base_fingerprint:
+    if base_fingerprint != patch.base_fingerprint and "base_version" not in patch.metadata:
         raise PatchError(
             f"{patch.path} belongs to the base with fingerprint {patch.base_fingerprint[:12]}, "
             f"{base.path} has {base_fingerprint[:12]}"
@@ -164,6 +166,16 @@ def verify_patch(base: Checkpoint, patch: Patch) -> None:
     check_base(base, patch, fingerprint(base))
 
 
+def check_empty(folder: Path) -> None:
+    """Refuse to write a checkpoint where there is something.
+
+    Raises:
+        PatchError: it is not an empty folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PatchError(f"{folder} is there already and is not an empty folder; give another")
+
+
 def apply_patch(base_path: str | Path, patch_path: Path, out_path: Path) -> None:
     """Write the checkpoint after as folder ``out_path``, with the base's configuration files.
 
@@ -175,8 +187,7 @@ def apply_patch(base_path: str | Path, patch_path: Path, out_path: Path) -> None
         PatchError: wrong base, damaged patch, or ``out_path`` is not empty.
     """
     base, patch = Checkpoint.open(base_path), Patch.open(patch_path)
-    if out_path.exists() and (not out_path.is_dir() or any(out_path.iterdir())):
-        raise PatchError(f"{out_path} is there already and is not an empty folder")
+    check_empty(out_path)
     check_weights(base, patch)
     for name in patch.tensors:
         Changes(patch, name).check()

@@ -1,10 +1,12 @@
 """``PatchWriter`` for the Trainers of transformers and TRL."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
+from rlsparse.errors import RlsparseWarning, StorageError
 from rlsparse.weight_sync.writer import PatchWriter
 
 
@@ -34,5 +36,10 @@ class PatchWriterCallback(TrainerCallback):  # type: ignore[misc]
         self.writer.step()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Send what is left."""
-        self.writer.close()
+        """Send what is left; that it cannot be written is a warning, as training is done."""
+        try:
+            self.writer.close()
+        except StorageError as error:
+            warnings.warn(
+                f"what is served lacks the last changes: {error}", RlsparseWarning, stacklevel=2
+            )

@@ -10,9 +10,10 @@ import xxhash
 from numpy.typing import NDArray
 
 from rlsparse.checkpoint import Checkpoint
-from rlsparse.errors import PatchError
+from rlsparse.errors import CheckpointError, PatchError
 from rlsparse.patch import Changes, Patch, values
-from rlsparse.tensor_file import Bits, save_checkpoint
+from rlsparse.patch.apply import check_empty
+from rlsparse.tensor_file import Bits, read_header, save_checkpoint
 from rlsparse.weight_sync.anchors import (
     HostTensor,
     Region,
@@ -23,7 +24,11 @@ from rlsparse.weight_sync.anchors import (
 from rlsparse.weight_sync.versions import Notes, VersionFolder
 
 OnChange = Callable[[str, NDArray[np.int64], Bits], Any]
-"""Called with the name of a tensor, flat positions in it [k], and the bits [k] there now."""
+"""Called with the name of a tensor, flat positions in it [k], and the bits [k] there now.
+
+If it has a method ``check``, that is called with all tensors before any is changed, and may raise
+``PatchError`` (see ``scatter``).
+"""
 
 _PIECE = 2**18
 _ALL_PIECE = 2**22
@@ -133,6 +138,8 @@ class PatchReceiver:
     def _next(self, until: float) -> tuple[int, list[Path], Callable[..., Any]] | None:
         """The version to take next, its files, and what takes them."""
         folder = self._known_folder()
+        if until == math.inf and (found := self._newer_run(folder.anchors())):
+            return found
         patches, anchors = (
             {version: files for version, files in found.items() if self.version < version <= until}
             for found in (folder.patches(), folder.anchors())
@@ -140,6 +147,19 @@ class PatchReceiver:
         if self.version + 1 not in patches and anchors:
             return max(anchors), anchors[max(anchors)], self._load
         return (min(patches), patches[min(patches)], self.apply) if patches else None
+
+    def _newer_run(
+        self, anchors: dict[int, list[Path]]
+    ) -> tuple[int, list[Path], Callable[..., Any]] | None:
+        """The last anchor, if another run wrote it: each begins with one, so that run is newer."""
+        if not anchors or self.stream is None:
+            return None
+        version, files = max(anchors.items())
+        try:
+            notes = Notes.of(files[0], read_header(files[0])[1])
+        except (PatchError, CheckpointError):
+            return None  # it was cleaned away in the meantime, or is damaged
+        return None if notes.stream == self.stream else (version, files, self._load)
 
     def apply(self, files: Path | Sequence[Path], on_change: OnChange | None = None) -> bool:
         """Go on to the version that a patch leads to; all is checked before anything is changed.
@@ -164,6 +184,7 @@ class PatchReceiver:
             return False
         self._check_base(files[0], notes)
         self._check_fit(patches)
+        _check_engine(on_change, self.tensors)
         changes = [Changes(patch, name) for patch in patches for name in patch.tensors]
         for one in changes:
             one.check()
@@ -294,6 +315,7 @@ class PatchReceiver:
         notes, tensors = read_anchor(files)
         if self._known_folder().anchor(notes.version) != files[0].parent:
             raise PatchError(_misnamed(files[0].parent, notes.version))
+        _check_engine(on_change, tensors)
         self.tensors = tensors
         self.version, self.stream, self._is_broken = notes.version, notes.stream, False
         self._settings_from = files[0].parent
@@ -302,6 +324,7 @@ class PatchReceiver:
 
     def hand_out(self, on_change: OnChange) -> None:
         """Give all weights to an engine, as if all had changed."""
+        _check_engine(on_change, self.tensors)
         for name, positions, bits in self._all():
             on_change(name, positions, bits)
 
@@ -319,7 +342,7 @@ class PatchReceiver:
         """
         if self._is_broken:
             raise PatchError(f"the weights here are of no version: {self._remedy()}")
-        _check_empty(folder)
+        check_empty(folder)
         tensors = {name: (one.dtype, one.shape, one.bits) for name, one in self.tensors.items()}
         save_checkpoint(folder, tensors, None, self._settings_from)
 
@@ -347,7 +370,7 @@ def rebuild(folder: Path, out: Path, version: int | None = None) -> int:
         PatchError: the version is not there, what leads to it is damaged, or ``out`` is not empty.
         CheckpointError: there is no folder.
     """
-    _check_empty(out)
+    check_empty(out)
     place = VersionFolder(folder)
     known = sorted({*place.anchors(), *place.patches()})
     before = [anchor for anchor in place.anchors() if version is None or anchor <= version]
@@ -361,9 +384,9 @@ def rebuild(folder: Path, out: Path, version: int | None = None) -> int:
     return receiver.version
 
 
-def _check_empty(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise PatchError(f"{folder} is there already and is not an empty folder; give another")
+def _check_engine(on_change: OnChange | None, tensors: dict[str, HostTensor]) -> None:
+    if check := getattr(on_change, "check", None):
+        check(tensors)
 
 
 def _misnamed(path: Path, version: int) -> str:

@@ -7,6 +7,7 @@ a version is there once the parts of all are. A file appears whole or not at all
 """
 
 import re
+import shutil
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +135,15 @@ class VersionFolder:
                 for file in folder.iterdir():
                     file.unlink(missing_ok=True)
                 folder.rmdir()
+
+    def drop(self, version: int, part: Part) -> None:
+        """Delete what a worker wrote of a version that failed."""
+        self.patch_file(version, part).unlink(missing_ok=True)
+        self.drop_anchor(version)
+
+    def drop_anchor(self, version: int) -> None:
+        """Delete an anchor, or what there is of it."""
+        shutil.rmtree(self.anchor(version), ignore_errors=True)
 
     def _files(self) -> list[Path]:
         if not self.path.is_dir():

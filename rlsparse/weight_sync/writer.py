@@ -35,6 +35,9 @@ Changed = dict[str, list[Found]]
 """Of each tensor what changed, by pieces of what the worker holds."""
 
 
+_TAKEN = "another run has written this or a later one into"
+
+
 @dataclass(frozen=True)
 class Emission:
     """A version that was sent; of several workers, what this one did for it.
@@ -131,6 +134,8 @@ class PatchWriter:
         self._is_idle = not is_split and distributed.rank() > 0
         self._steps = self._sent_step = 0
         self._pending: _Pending | None = None
+        self._attached: list[Any] = []
+        self._is_closed = False
         self._on_device: dict[str, torch.Tensor] = {}
         self.version, self._stream = 0, ""
         if not self._is_idle:
@@ -143,34 +148,52 @@ class PatchWriter:
 
         One that could not be written is warned of when the next is due.
         """
+        self._check_open()
         self._steps += 1
         if self._steps % self._every == 0 and not self._is_idle:
             self._begin()
 
     def attach(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Have ``step`` called after each step of an optimizer; returns what detaches it."""
-        return optimizer.register_step_post_hook(lambda *_: self.step())
+        """Have ``step`` called after each step of an optimizer, until ``close``.
+
+        Returns:
+            What detaches it before.
+        """
+        handle = optimizer.register_step_post_hook(lambda *_: self.step())
+        self._attached.append(handle)
+        return handle
 
     def emit(self) -> Emission | None:
         """Send what changed now, and wait until it is written; None on workers that do not write.
 
         Raises:
             StorageError: it cannot be written; the next version will have its changes.
+            ConfigError: the writer was closed.
         """
+        self._check_open()
         if self._is_idle:
             return None
         self._begin()
         return self._finish()
 
     def close(self) -> None:
-        """Wait for what is being written, and send what has changed since.
+        """Wait for what is being written, and send what has changed since; nothing comes after it.
 
         Raises:
-            StorageError: as ``emit``.
+            StorageError: as ``emit``; it is still open then.
         """
+        while self._attached:
+            self._attached.pop().remove()
+        if self._is_closed:
+            return
         self._settle()
         if self._sent_step < self._steps:
             self.emit()
+        self._is_closed = True
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ConfigError("this PatchWriter was closed; make a new one to go on")
 
     # --- a version -------------------------------------------------------------------------------
 
@@ -247,8 +270,8 @@ class PatchWriter:
         on_device, self._on_device = self._on_device, {}
         emission, failed, anchor_failed = pending.done.result()
         if failed := self._agreed(failed):
-            for write in (self._folder.patch_file, self._folder.anchor_file):
-                write(pending.notes.version, self._part).unlink(missing_ok=True)
+            if _TAKEN not in failed:
+                self._folder.drop(pending.notes.version, self._part)
             raise StorageError(
                 f"version {pending.notes.version} cannot be written: {failed}; the next one will "
                 "have its changes"
@@ -265,6 +288,7 @@ class PatchWriter:
 
     def _note_anchor(self, failed: str | None) -> None:
         if failed:
+            self._folder.drop_anchor(self.version)
             warnings.warn(
                 f"anchor {self.version} cannot be written: {failed}; the next version will have "
                 "one", RlsparseWarning, stacklevel=2,
@@ -282,6 +306,10 @@ class PatchWriter:
         """Write the patch, and the anchor where one is due; says what failed of each."""
         begun = time.perf_counter()
         file = self._folder.patch_file(notes.version, self._part)
+        # Parts of this version may be there already, but of other workers alone.
+        is_taken = self._folder.last() >= notes.version if self._part[1] == 1 else file.exists()
+        if is_taken:
+            return emission, f"{_TAKEN} {self._folder.path}", None
         try:
             patch = self._write_patch(file, notes, changed, emission.step)
         except OSError as error:
