@@ -242,6 +242,7 @@ def _facts(patch: "Patch") -> dict[str, Any]:
     dense = sum(ITEMSIZE[patch.tensors[name].dtype] * size for name, size in sizes.items())
     changed = patch.num_changed
     each = patch.size_bytes / changed if changed else None
+    dense_from = dense / sum(sizes.values()) / each if each else 1.0
     return {
         "patch": str(patch.path),
         "base_fingerprint": patch.base_fingerprint,
@@ -255,7 +256,7 @@ def _facts(patch: "Patch") -> dict[str, Any]:
         "bytes": patch.size_bytes,
         "bytes_dense": dense,
         "bytes_per_change": each,
-        "dense_is_smaller_from": min(1.0, dense / sum(sizes.values()) / each) if each else None,
+        "dense_is_smaller_from": dense_from if dense_from < 1 else None,
     }
 
 
@@ -282,12 +283,14 @@ def _show(found: dict[str, Any], json_path: str | None) -> None:
 
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:
+    from rlsparse.report.formats import percent
+
     num, num_weights = found["num_changed"], max(found["num_weights"], 1)
     yield f"patch    {found['patch']}, values {found['values']}"
     yield f"base     {found['base_fingerprint'][:12]}"
     yield from (f"{key:8} {value}" for key, value in found["metadata"].items())
     by = ", ".join(f"{name} {count:,}" for name, count in found["changed_by_codec"].items())
-    share = f"{100 * num / num_weights:.4g} %"
+    share = percent(num / num_weights)
     yield (
         f"changed  {num:,} of {found['num_weights']:,} weights ({share}) in "
         f"{found['num_tensors_changed']} of {found['num_tensors']} tensors{f'; {by}' if by else ''}"
@@ -299,9 +302,13 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     ]
     yield f"bytes    {found['bytes']:,}: {', '.join(shares)}"
     if num:
+        dense_from = found["dense_is_smaller_from"]
+        when = (
+            "never smaller" if dense_from is None else f"smaller from {percent(dense_from)} changed"
+        )
         yield (
             f"         {found['bytes_per_change']:.3g} per changed weight; at that a copy of the "
-            f"checkpoint is smaller from {100 * found['dense_is_smaller_from']:.3g} % changed"
+            f"checkpoint is {when}"
         )
     if "encode_mb_per_s" in found:
         yield (

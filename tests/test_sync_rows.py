@@ -61,7 +61,21 @@ def test_ways(found):
     assert (indices["bytes_per_change"], indices["dense_from"]) == (6, pytest.approx(2 / 6))
     assert (indices["encode_bytes_s"], indices["apply_bytes_s"]) == (DENSE, DENSE / 2)
     assert indices["pauses"] == pytest.approx({1: 2.0 + 480e-9, 8: 2.0 + 60e-9})
-    assert ways[1, "relative"]["size_bytes"] == 40
+    relative = ways[1, "relative"]
+    assert (relative["size_bytes"], relative["dense_from"]) == (40, 0.5)
+
+
+def test_a_way_that_is_always_smaller_than_all_weights(tmp_path):
+    trials = [trial("grpo", 0)]
+    rows = [sync("grpo0", 8, "relative", 15), sync("grpo0", 8, "dense", DENSE, changed=None)]
+    tables = make_tables(trials, syncs=rows)
+    ways = way_rows(trial_rows(make_study(), tables), tables)
+    assert [(row["bytes_per_change"], row["dense_from"]) for row in ways] == [
+        (1.5, None),
+        (None,) * 2,
+    ]
+    page = build_report(make_study(), tables, tmp_path, provenance={}).read_text()
+    assert page.count('<td class="num">never</td>') == 1
 
 
 def test_steps(found):

@@ -47,8 +47,9 @@ def way_rows(
 
     Rows with ``group, k, way, num_windows, size_bytes, times_smaller`` (than all weights),
     ``bytes_per_change, dense_from`` (share of changed weights from which all of them would be
-    smaller), ``encode_bytes_s, apply_bytes_s`` (bytes of all weights per second, one thread) and
-    ``pauses``: link in Gbit/s -> seconds to move and apply a sync, if nothing goes on meanwhile.
+    smaller; None where they never are), ``encode_bytes_s, apply_bytes_s`` (bytes of all weights per
+    second, one thread) and ``pauses``: link in Gbit/s -> seconds to move and apply a sync, if
+    nothing goes on meanwhile.
     """
     frame = _frame(trials, tables)
     in_all_ways = frame.loc[frame["way"] == "dense", ["trial_id", "k", "step_after"]]
@@ -59,12 +60,12 @@ def way_rows(
         size, dense = float(middle["size_bytes"]), float(middle["dense_bytes"])
         each = (own["size_bytes"] / own["num_changed"].astype(float)).median()
         itemsize = dense / float(own["num_elements"].median())
-        is_patch = np.isfinite(each)
+        is_patch, dense_from = np.isfinite(each), itemsize / float(each)
         found.append({
             "group": group, "k": int(k), "way": way, "num_windows": len(own),
             "size_bytes": size, "times_smaller": dense / size,
             "bytes_per_change": float(each) if is_patch else None,
-            "dense_from": min(1.0, itemsize / float(each)) if is_patch else None,
+            "dense_from": dense_from if dense_from < 1 else None,
             "encode_bytes_s": dense / float(middle["encode_s"]),
             "apply_bytes_s": dense / float(middle["apply_s"]),
             "pauses": {link: 8e-9 * size / link + float(middle["apply_s"]) for link in links},
