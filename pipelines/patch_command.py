@@ -5,6 +5,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipelines.json_option import write_json
-from rlsparse.errors import ConfigError
+from rlsparse.errors import ConfigError, RlsparseError, StorageError
 
 if TYPE_CHECKING:
     from rlsparse.checkpoint import Checkpoint
@@ -90,9 +91,10 @@ def make(
     _check_out(out, force)
     sides = Checkpoint.open(before), Checkpoint.open(after)
     begun = time.perf_counter()
-    patch = make_patch(
-        *sides, out, coding=values.value, codec=_codec(codec), compression=compression.value
-    )
+    with _writing(out):
+        patch = make_patch(
+            *sides, out, coding=values.value, codec=_codec(codec), compression=compression.value
+        )
     made = time.perf_counter()
     for name in patch.tensors:
         for _ in apply.after_pieces(sides[0], patch, name):
@@ -118,7 +120,8 @@ def apply_command(
     """Write the checkpoint after, with BEFORE's configuration, bit for bit."""
     from rlsparse.patch import apply_patch
 
-    apply_patch(before, patch, out)
+    with _writing(out):
+        apply_patch(before, patch, out)
     print(f"{out}: {patch} applied to {before}, all checksums agree")
 
 
@@ -158,9 +161,9 @@ def squash_command(
 
     _check_out(out, force)
     opened = [Patch.open(path) for path in patches]
-    _show(
-        _facts(squash(opened, out, codec=_codec(codec), compression=compression.value)), json_path
-    )
+    with _writing(out):
+        joined = squash(opened, out, codec=_codec(codec), compression=compression.value)
+    _show(_facts(joined), json_path)
 
 
 @app.command()
@@ -184,7 +187,8 @@ def export(
         raise ConfigError(f"-o {out}: call it *{PLAIN_SUFFIX}, and not *{SUFFIX}, as patches are")
     _check_free(out, force)
     opened = Patch.open(patch)
-    export_patch(opened, out, None if base is None else Checkpoint.open(base))
+    with _writing(out):
+        export_patch(opened, out, None if base is None else Checkpoint.open(base))
     print(f"{out}: {opened.num_changed:,} changed weights, {out.stat().st_size:,} bytes")
 
 
@@ -202,7 +206,8 @@ def follow(
     """Write the checkpoint of a version that a training run sent (rlsparse.weight_sync)."""
     from rlsparse.weight_sync.receiver import rebuild
 
-    reached = rebuild(folder, out, version)
+    with _writing(out):
+        reached = rebuild(folder, out, version)
     print(f"{out}: version {reached} of {folder}, all checksums agree")
 
 
@@ -221,6 +226,20 @@ def _check_free(out: Path, force: bool) -> None:
         raise ConfigError(f"{out} is there already; give another -o, or --force")
     if not out.parent.is_dir():
         raise ConfigError(f"-o {out}: there is no folder {out.parent}; make it first")
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Errors of the storage, such as a full disk, become one of ours."""
+    try:
+        yield
+    except RlsparseError:  # some of ours are OSErrors, too
+        raise
+    except OSError as error:
+        why = error.strerror or error
+        raise StorageError(
+            f"cannot write {out}: {why}; free space there, or give another -o"
+        ) from error
 
 
 def _codec(positions: Positions) -> "CodecName | None":

@@ -8,14 +8,16 @@ from typing import get_args
 import numpy as np
 import planted
 import pytest
+import synced
 from planted import Pair, Tensor, make_pair, random_tensor, write_folder
 
 from pipelines import patch_command
 from rlsparse.checkpoint import Checkpoint, fingerprint
-from rlsparse.errors import CheckpointError, ConfigError, PatchError
+from rlsparse.errors import CheckpointError, ConfigError, PatchError, StorageError
 from rlsparse.patch import CODECS, Patch
 from rlsparse.patch.blocks import Compression
 from rlsparse.patch.values import CODINGS
+from rlsparse.weight_sync.writer import PatchWriter
 
 P = "p.patch.safetensors"
 
@@ -203,6 +205,22 @@ def test_export(run, pair: Pair, tmp_path: Path) -> None:
         with pytest.raises(error, match=message):
             run("export", *arguments)
     assert not list(tmp_path.glob("q*"))
+
+
+def test_what_cannot_be_written_is_one_line(run, pair: Pair, tmp_path: Path) -> None:
+    """Nobody, not even root, can make a file in /proc."""
+    run("make", "before", "after", "-o", P)
+    PatchWriter(synced.tiny(), tmp_path / "sync").close()
+    for name, arguments in (
+        (P, ("make", "before", "after")),
+        ("out", ("apply", "before", P)),
+        (P, ("squash", P)),
+        ("plain.safetensors", ("export", P, "--base", "before")),
+        ("out", ("follow", "sync")),
+    ):
+        message = f"cannot write /proc/{name}: [^\n]+; free space there, or give another -o$"
+        with pytest.raises(StorageError, match=message):
+            run(*arguments, "-o", f"/proc/{name}")
 
 
 def test_options_name_what_the_format_has() -> None:
