@@ -44,8 +44,8 @@ def test_sizes(found):
     assert one["size_bytes"] == {"p50": 40, "p95": 40, "max": 100}
     assert one["share"] == pytest.approx({"p50": 0.02, "p95": 0.02, "max": 0.05})
     assert (one["early"], one["late"]) == (0.02, 0.01)
-    assert (eight["k"], eight["num_windows"], eight["early"]) == (8, 1, None)
-    assert (sft["group"], sft["density"], sft["late"]) == ("sft", 0.5, None)
+    assert (eight["k"], eight["num_windows"], eight["early"], eight["late"]) == (8, 1, 0.015, None)
+    assert (sft["group"], sft["density"], sft["early"], sft["late"]) == ("sft", 0.5, 0.25, None)
 
 
 def test_ways(found):
@@ -76,6 +76,7 @@ def test_a_way_that_is_always_smaller_than_all_weights(tmp_path):
     ]
     page = build_report(make_study(), tables, tmp_path, provenance={}).read_text()
     assert page.count('<td class="num">never</td>') == 1
+    assert not re.search(rf"to step {EARLY_STEPS}|first {EARLY_STEPS} steps", page)  # all end by it
 
 
 def test_steps(found):
@@ -97,6 +98,7 @@ def test_page_and_json(found, tmp_path):
     section = re.search(r'<section id="syncs".*?</section>', page, re.DOTALL)
     assert section
     text = re.sub(r"<[^>]+>", " ", section[0])
+    assert re.search(rf"first {EARLY_STEPS} steps.*to step {EARLY_STEPS}", text, re.DOTALL)
     for shown in ("2.00 %", "5.00 %", "indices and values", "33.33 %", "Pause (s) at Gbit/s"):
         assert shown in text
     assert re.search(r">25</th>", section[0])

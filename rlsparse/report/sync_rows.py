@@ -12,9 +12,8 @@ LINKS_GBIT_S = (1.0, 10.0, 100.0)
 """Links for which pauses are given, unless others are asked for."""
 EARLY_STEPS = 20
 """The first steps can be the densest (2602.03839), while Adam's moments fill."""
-_SHOWN_K = (1, 8, 64)
-_MIN_SPLIT = 4
-"""Windows in all from which the early ones and the later are told apart."""
+SHOWN_K = (1, 8, 64)
+"""Steps per sync of which all ways are shown."""
 
 
 def size_rows(trials: Sequence[Row], tables: Tables) -> list[Row]:
@@ -22,20 +21,19 @@ def size_rows(trials: Sequence[Row], tables: Tables) -> list[Row]:
 
     Rows with ``group, k, num_windows, density`` (median), ``size_bytes`` and ``share`` (of those of
     all weights), each with ``p50, p95, max``, and ``early, late``: the median share of windows that
-    end by ``EARLY_STEPS``, and of the others (None where either has none, or there are few).
+    end by ``EARLY_STEPS``, and of the others (None where there are none).
     """
     frame = _frame(trials, tables)
     found = []
     for (group, k), own in _split(frame[frame["way"] == "relative"], "group", "k"):
         share = own["size_bytes"] / own["dense_bytes"]
         early = own["step_after"] <= EARLY_STEPS
-        is_split = len(own) >= _MIN_SPLIT and early.any() and not early.all()
         found.append({
             "group": group, "k": int(k), "num_windows": len(own),
             "density": float((own["num_changed"] / own["num_elements"]).median()),
             "size_bytes": _spread(own["size_bytes"]), "share": _spread(share),
-            "early": float(share[early].median()) if is_split else None,
-            "late": float(share[~early].median()) if is_split else None,
+            "early": float(share[early].median()) if early.any() else None,
+            "late": None if early.all() else float(share[~early].median()),
         })  # fmt: skip
     return found
 
@@ -53,7 +51,7 @@ def way_rows(
     """
     frame = _frame(trials, tables)
     in_all_ways = frame.loc[frame["way"] == "dense", ["trial_id", "k", "step_after"]]
-    frame = frame[frame["k"].isin(_SHOWN_K)].merge(in_all_ways, on=[*in_all_ways.columns])
+    frame = frame[frame["k"].isin(SHOWN_K)].merge(in_all_ways, on=[*in_all_ways.columns])
     found = []
     for (group, k, way), own in _split(frame, "group", "k", "way"):
         middle = own[["size_bytes", "dense_bytes", "encode_s", "apply_s"]].median()
