@@ -99,9 +99,17 @@ def test_page_and_json(found, tmp_path):
     assert section
     text = re.sub(r"<[^>]+>", " ", section[0])
     assert re.search(rf"first {EARLY_STEPS} steps.*to step {EARLY_STEPS}", text, re.DOTALL)
-    for shown in ("2.00 %", "5.00 %", "indices and values", "33.33 %", "Pause (s) at Gbit/s"):
+    for shown in (
+        "2.00 %",
+        "5.00 %",
+        "indices and values",
+        "33.33 %",
+        "Pause (s) at Gbit/s",
+        "k of 1, 8, 64.",
+    ):
         assert shown in text
     assert re.search(r">25</th>", section[0])
+    assert '<td>indices and values</td><td class="num">1</td>' in section[0]  # syncs
     assert section[0].count("<svg") >= 2
     content = json.loads((tmp_path / "report.json").read_text())["syncs"]
     assert content["links"] == [25]
