@@ -89,6 +89,9 @@ def make(
     from rlsparse.patch.make import make_patch
 
     _check_out(out, force)
+    for what, side in (("BEFORE", before), ("AFTER", after)):
+        if side.endswith(SUFFIX):
+            raise ConfigError(f"{what} is {side}, a patch: apply it first (rlsparse patch apply)")
     sides = Checkpoint.open(before), Checkpoint.open(after)
     begun = time.perf_counter()
     with _writing(out):

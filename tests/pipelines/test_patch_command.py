@@ -145,12 +145,15 @@ def test_mistakes_are_told_before_work_begins(run, pair: Pair) -> None:
     run("make", "before", "after", "-o", P)
     with pytest.raises(ConfigError, match="is there already; give another -o, or --force"):
         run("make", "before", "after", "-o", P)
+    for sides, what in ((("before", P), "AFTER"), ((P, "after"), "BEFORE")):
+        with pytest.raises(ConfigError, match=rf"{what} is {P}, a patch: apply it first"):
+            run("make", *sides, "-o", "q.patch.safetensors")
     run("make", "after", "before", "-o", P, "--force")
     with pytest.raises(PatchError, match="belongs to another base"):
         run("apply", "before", P, "-o", "out")
     with pytest.raises(PatchError, match="belongs to another base"):
         run("verify", "before", P)
-    with pytest.raises(PatchError, match="not a readable patch: cannot read missing"):
+    with pytest.raises(PatchError, match=r"cannot read missing: .*; give one that `rlsparse patch"):
         run("info", "missing")
     with pytest.raises(CheckpointError):
         run("make", "before", "nowhere", "-o", "q.patch.safetensors")
