@@ -223,6 +223,7 @@ def report(
         typer.Option(
             metavar="GBIT_S",
             min=0.001,
+            max=1e6,
             show_default="1, 10, 100",
             help="Link to inference servers, for the pauses of weight syncs; may be repeated.",
         ),

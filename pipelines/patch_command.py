@@ -5,6 +5,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipelines.json_option import write_json
-from rlsparse.errors import ConfigError
+from rlsparse.errors import ConfigError, RlsparseError, StorageError
 
 if TYPE_CHECKING:
     from rlsparse.checkpoint import Checkpoint
@@ -88,11 +89,15 @@ def make(
     from rlsparse.patch.make import make_patch
 
     _check_out(out, force)
+    for what, side in (("BEFORE", before), ("AFTER", after)):
+        if side.endswith(SUFFIX):
+            raise ConfigError(f"{what} is {side}, a patch: apply it first (rlsparse patch apply)")
     sides = Checkpoint.open(before), Checkpoint.open(after)
     begun = time.perf_counter()
-    patch = make_patch(
-        *sides, out, coding=values.value, codec=_codec(codec), compression=compression.value
-    )
+    with _writing(out):
+        patch = make_patch(
+            *sides, out, coding=values.value, codec=_codec(codec), compression=compression.value
+        )
     made = time.perf_counter()
     for name in patch.tensors:
         for _ in apply.after_pieces(sides[0], patch, name):
@@ -118,7 +123,8 @@ def apply_command(
     """Write the checkpoint after, with BEFORE's configuration, bit for bit."""
     from rlsparse.patch import apply_patch
 
-    apply_patch(before, patch, out)
+    with _writing(out):
+        apply_patch(before, patch, out)
     print(f"{out}: {patch} applied to {before}, all checksums agree")
 
 
@@ -158,9 +164,9 @@ def squash_command(
 
     _check_out(out, force)
     opened = [Patch.open(path) for path in patches]
-    _show(
-        _facts(squash(opened, out, codec=_codec(codec), compression=compression.value)), json_path
-    )
+    with _writing(out):
+        joined = squash(opened, out, codec=_codec(codec), compression=compression.value)
+    _show(_facts(joined), json_path)
 
 
 @app.command()
@@ -184,7 +190,8 @@ def export(
         raise ConfigError(f"-o {out}: call it *{PLAIN_SUFFIX}, and not *{SUFFIX}, as patches are")
     _check_free(out, force)
     opened = Patch.open(patch)
-    export_patch(opened, out, None if base is None else Checkpoint.open(base))
+    with _writing(out):
+        export_patch(opened, out, None if base is None else Checkpoint.open(base))
     print(f"{out}: {opened.num_changed:,} changed weights, {out.stat().st_size:,} bytes")
 
 
@@ -202,7 +209,8 @@ def follow(
     """Write the checkpoint of a version that a training run sent (rlsparse.weight_sync)."""
     from rlsparse.weight_sync.receiver import rebuild
 
-    reached = rebuild(folder, out, version)
+    with _writing(out):
+        reached = rebuild(folder, out, version)
     print(f"{out}: version {reached} of {folder}, all checksums agree")
 
 
@@ -221,6 +229,20 @@ def _check_free(out: Path, force: bool) -> None:
         raise ConfigError(f"{out} is there already; give another -o, or --force")
     if not out.parent.is_dir():
         raise ConfigError(f"-o {out}: there is no folder {out.parent}; make it first")
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Errors of the storage, such as a full disk, become one of ours."""
+    try:
+        yield
+    except RlsparseError:  # some of ours are OSErrors, too
+        raise
+    except OSError as error:
+        why = error.strerror or error
+        raise StorageError(
+            f"cannot write {out}: {why}; free space there, or give another -o"
+        ) from error
 
 
 def _codec(positions: Positions) -> "CodecName | None":
@@ -242,6 +264,7 @@ def _facts(patch: "Patch") -> dict[str, Any]:
     dense = sum(ITEMSIZE[patch.tensors[name].dtype] * size for name, size in sizes.items())
     changed = patch.num_changed
     each = patch.size_bytes / changed if changed else None
+    dense_from = dense / sum(sizes.values()) / each if each else 1.0
     return {
         "patch": str(patch.path),
         "base_fingerprint": patch.base_fingerprint,
@@ -255,7 +278,7 @@ def _facts(patch: "Patch") -> dict[str, Any]:
         "bytes": patch.size_bytes,
         "bytes_dense": dense,
         "bytes_per_change": each,
-        "dense_is_smaller_from": min(1.0, dense / sum(sizes.values()) / each) if each else None,
+        "dense_is_smaller_from": dense_from if dense_from < 1 else None,
     }
 
 
@@ -282,12 +305,14 @@ def _show(found: dict[str, Any], json_path: str | None) -> None:
 
 
 def _lines(found: dict[str, Any]) -> Iterator[str]:
+    from rlsparse.report.formats import percent
+
     num, num_weights = found["num_changed"], max(found["num_weights"], 1)
     yield f"patch    {found['patch']}, values {found['values']}"
     yield f"base     {found['base_fingerprint'][:12]}"
     yield from (f"{key:8} {value}" for key, value in found["metadata"].items())
     by = ", ".join(f"{name} {count:,}" for name, count in found["changed_by_codec"].items())
-    share = f"{100 * num / num_weights:.4g} %"
+    share = percent(num / num_weights)
     yield (
         f"changed  {num:,} of {found['num_weights']:,} weights ({share}) in "
         f"{found['num_tensors_changed']} of {found['num_tensors']} tensors{f'; {by}' if by else ''}"
@@ -299,9 +324,13 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
     ]
     yield f"bytes    {found['bytes']:,}: {', '.join(shares)}"
     if num:
+        dense_from = found["dense_is_smaller_from"]
+        when = (
+            "never smaller" if dense_from is None else f"smaller from {percent(dense_from)} changed"
+        )
         yield (
             f"         {found['bytes_per_change']:.3g} per changed weight; at that a copy of the "
-            f"checkpoint is smaller from {100 * found['dense_is_smaller_from']:.3g} % changed"
+            f"checkpoint is {when}"
         )
     if "encode_mb_per_s" in found:
         yield (

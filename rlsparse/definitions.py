@@ -25,6 +25,9 @@ VIEWS: tuple[str, ...] = ("stored", "fp32", "bf16", "fp16", "fp8_e4m3")
 StepWindow = Literal[2, 4, 8, 16, 32, 64]
 STEP_WINDOWS: tuple[int, ...] = (1, *get_args(StepWindow))
 """Lengths, in optimizer steps, over which a trial measures what changed."""
+SYNC_INTERVAL = 8
+"""Of windows shorter than this, the first and those that end at its multiples are sent in all ways;
+the others, of which there are many, as ``relative`` patches alone."""
 
 PROBE_PARTS: tuple[str, ...] = (
     "steps", "snapshots", "scores", "windows", "step_masks", "step_patches", "casts", "updates",

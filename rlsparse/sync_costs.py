@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow
 
 from rlsparse.checkpoint import Checkpoint
-from rlsparse.definitions import STEP_WINDOWS
+from rlsparse.definitions import STEP_WINDOWS, SYNC_INTERVAL
 from rlsparse.errors import PatchError
 from rlsparse.patch import TensorPair, write_patch
 from rlsparse.patch.blocks import CodecName, Compression
@@ -27,10 +27,6 @@ from rlsparse.weight_sync.versions import Notes, VersionFolder
 
 Row = dict[str, Any]
 Tensors = dict[str, HostTensor]
-
-INTERVAL = 8
-"""Of windows shorter than this, the first and those that end at its multiples are sent in all ways;
-the others, of which there are many, as ``relative`` patches alone."""
 
 
 class Way(NamedTuple):
@@ -75,7 +71,7 @@ def sync_rows(
         for stop in range(k, num_steps + 1, k):
             if receiver.follow(until=stop) != stop:
                 raise PatchError(f"{folder} lacks the patch of step {receiver.version + 1}")
-            in_all_ways = stop == k or stop % max(k, INTERVAL) == 0
+            in_all_ways = stop == k or stop % max(k, SYNC_INTERVAL) == 0
             span = {"k": k, "step_before": stop - k, "step_after": stop}
             for way in WAYS if in_all_ways else ("relative",):
                 yield span | {"way": way} | _sent(way, before, receiver.tensors, scratch)

@@ -7,10 +7,11 @@ import pytest
 
 from rlsparse import sync_costs, tables
 from rlsparse.checkpoint import Checkpoint
+from rlsparse.definitions import SYNC_INTERVAL
 from rlsparse.errors import PatchError
 from rlsparse.models import TINY
 from rlsparse.patch import Patch
-from rlsparse.sync_costs import INTERVAL, WAYS, sync_rows
+from rlsparse.sync_costs import WAYS, sync_rows
 from rlsparse.tables import STEP_PATCHES
 from rlsparse.weight_sync.receiver import PatchReceiver
 from rlsparse.weight_sync.versions import VersionFolder
@@ -46,7 +47,7 @@ def test_every_window_is_sent_and_some_in_all_ways(rows):
     }
     for k in (1, 2, 4, 8):
         ends = {row["step_after"] for row in rows if row["k"] == k and row["way"] == "dense_zstd"}
-        assert ends == {k, INTERVAL}
+        assert ends == {k, SYNC_INTERVAL}
     tables.from_rows([{"trial_id": "t", "host": "h"} | row for row in rows], "syncs")
 
 

@@ -44,8 +44,8 @@ def test_sizes(found):
     assert one["size_bytes"] == {"p50": 40, "p95": 40, "max": 100}
     assert one["share"] == pytest.approx({"p50": 0.02, "p95": 0.02, "max": 0.05})
     assert (one["early"], one["late"]) == (0.02, 0.01)
-    assert (eight["k"], eight["num_windows"], eight["early"]) == (8, 1, None)
-    assert (sft["group"], sft["density"], sft["late"]) == ("sft", 0.5, None)
+    assert (eight["k"], eight["num_windows"], eight["early"], eight["late"]) == (8, 1, 0.015, None)
+    assert (sft["group"], sft["density"], sft["early"], sft["late"]) == ("sft", 0.5, 0.25, None)
 
 
 def test_ways(found):
@@ -61,7 +61,22 @@ def test_ways(found):
     assert (indices["bytes_per_change"], indices["dense_from"]) == (6, pytest.approx(2 / 6))
     assert (indices["encode_bytes_s"], indices["apply_bytes_s"]) == (DENSE, DENSE / 2)
     assert indices["pauses"] == pytest.approx({1: 2.0 + 480e-9, 8: 2.0 + 60e-9})
-    assert ways[1, "relative"]["size_bytes"] == 40
+    relative = ways[1, "relative"]
+    assert (relative["size_bytes"], relative["dense_from"]) == (40, 0.5)
+
+
+def test_a_way_that_is_always_smaller_than_all_weights(tmp_path):
+    trials = [trial("grpo", 0)]
+    rows = [sync("grpo0", 8, "relative", 15), sync("grpo0", 8, "dense", DENSE, changed=None)]
+    tables = make_tables(trials, syncs=rows)
+    ways = way_rows(trial_rows(make_study(), tables), tables)
+    assert [(row["bytes_per_change"], row["dense_from"]) for row in ways] == [
+        (1.5, None),
+        (None,) * 2,
+    ]
+    page = build_report(make_study(), tables, tmp_path, provenance={}).read_text()
+    assert page.count('<td class="num">never</td>') == 1
+    assert not re.search(rf"to step {EARLY_STEPS}|first {EARLY_STEPS} steps", page)  # all end by it
 
 
 def test_steps(found):
@@ -83,9 +98,18 @@ def test_page_and_json(found, tmp_path):
     section = re.search(r'<section id="syncs".*?</section>', page, re.DOTALL)
     assert section
     text = re.sub(r"<[^>]+>", " ", section[0])
-    for shown in ("2.00 %", "5.00 %", "indices and values", "33.33 %", "Pause (s) at Gbit/s"):
+    assert re.search(rf"first {EARLY_STEPS} steps.*to step {EARLY_STEPS}", text, re.DOTALL)
+    for shown in (
+        "2.00 %",
+        "5.00 %",
+        "indices and values",
+        "33.33 %",
+        "Pause (s) at Gbit/s",
+        "k of 1, 8, 64.",
+    ):
         assert shown in text
     assert re.search(r">25</th>", section[0])
+    assert '<td>indices and values</td><td class="num">1</td>' in section[0]  # syncs
     assert section[0].count("<svg") >= 2
     content = json.loads((tmp_path / "report.json").read_text())["syncs"]
     assert content["links"] == [25]

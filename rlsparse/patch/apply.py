@@ -12,6 +12,8 @@ from rlsparse.patch.file import Changes, Patch
 from rlsparse.patch.write import cast_pieces
 from rlsparse.tensor_file import Bits, save_checkpoint
 
+_GIVE_BASE = "give the checkpoint that it was made against"
+
 
 def check_whole(patch: Patch) -> None:
     """Refuse a patch that is of parts of tensors.
@@ -40,12 +42,14 @@ def check_fit(base: Checkpoint, patch: Patch) -> None:
     for name, tensor in patch.tensors.items():
         info = base.tensors.get(name)
         if info is None:
-            raise PatchError(f"{patch.path} changes tensor {name}, which {base.path} lacks")
+            raise PatchError(
+                f"{patch.path} is of tensor {name}, which {base.path} lacks; {_GIVE_BASE}"
+            )
         fits = info.dtype == tensor.dtype or {info.dtype, tensor.dtype} <= FLOATS.keys()
         if info.shape != tensor.shape or not fits:
             raise PatchError(
                 f"tensor {name} is {info.dtype} {list(info.shape)} in {base.path}, "
-                f"{patch.path} expects {tensor.dtype} {list(tensor.shape)}"
+                f"{patch.path} expects {tensor.dtype} {list(tensor.shape)}; {_GIVE_BASE}"
             )
 
 
@@ -61,7 +65,7 @@ def check_base(base: Checkpoint, patch: Patch, base_fingerprint: str) -> None:
     if base_fingerprint != patch.base_fingerprint and "base_version" not in patch.metadata:
         raise PatchError(
             f"{patch.path} belongs to the base with fingerprint {patch.base_fingerprint[:12]}, "
-            f"{base.path} has {base_fingerprint[:12]}"
+            f"{base.path} has {base_fingerprint[:12]}; {_GIVE_BASE}"
         )
 
 
@@ -78,8 +82,8 @@ class _Checksums:
         if tensor is not None and found != tensor.xxh3_before:
             raise PatchError(
                 f"{self._patch.path} belongs to another base: {self._name} of {self._base.path} "
-                f"has the checksum {found[:12]}, not {tensor.xxh3_before[:12]}; give the "
-                "checkpoint that it was made against"
+                f"has the checksum {found[:12]}, not {tensor.xxh3_before[:12]}; "
+                f"{_GIVE_BASE}"
             )
 
     def check(self) -> None:

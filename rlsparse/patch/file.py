@@ -102,7 +102,9 @@ class Patch:
         try:
             arrays, notes = read_header(path)
         except CheckpointError as error:
-            raise PatchError(f"not a readable patch: {error}") from error
+            raise PatchError(
+                f"not a readable patch: {error}; give one that `rlsparse patch make` wrote"
+            ) from error
         if METADATA_KEY not in notes:
             raise PatchError(f"{path} is not a patch: no {METADATA_KEY} in its metadata")
         text = notes[METADATA_KEY]

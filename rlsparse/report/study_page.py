@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from rlsparse.definitions import AGREEMENT_DEFINITIONS, DEFINITIONS, NULLS
+from rlsparse.definitions import AGREEMENT_DEFINITIONS, DEFINITIONS, NULLS, SYNC_INTERVAL
 from rlsparse.effects import BOOTSTRAP, UNPAIRED
 from rlsparse.effects.responses import FAILED
 from rlsparse.identity import canonical_json
@@ -40,7 +40,14 @@ from rlsparse.report.rows import (
 )
 from rlsparse.report.series import MAX_LABEL, Series, series_of
 from rlsparse.report.subnetwork_rows import subnetwork_rows
-from rlsparse.report.sync_rows import EARLY_STEPS, LINKS_GBIT_S, size_rows, step_rows, way_rows
+from rlsparse.report.sync_rows import (
+    EARLY_STEPS,
+    LINKS_GBIT_S,
+    SHOWN_K,
+    size_rows,
+    step_rows,
+    way_rows,
+)
 from rlsparse.report.verdict_rows import (
     claim_rows,
     effect_rows,
@@ -120,6 +127,8 @@ def build_report(
             "mask_labels": _mask_labels(content["subnetworks"]),
             "nulls": NULLS,
             "early_steps": EARLY_STEPS,
+            "shown_k": SHOWN_K,
+            "sync_interval": SYNC_INTERVAL,
             "way_names": _WAY_NAMES,
             "explained": _of_runs(content["relations"]),
             "probe_heads": {

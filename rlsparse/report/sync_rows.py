@@ -12,9 +12,8 @@ LINKS_GBIT_S = (1.0, 10.0, 100.0)
 """Links for which pauses are given, unless others are asked for."""
 EARLY_STEPS = 20
 """The first steps can be the densest (2602.03839), while Adam's moments fill."""
-_SHOWN_K = (1, 8, 64)
-_MIN_SPLIT = 4
-"""Windows in all from which the early ones and the later are told apart."""
+SHOWN_K = (1, 8, 64)
+"""Steps per sync of which all ways are shown."""
 
 
 def size_rows(trials: Sequence[Row], tables: Tables) -> list[Row]:
@@ -22,20 +21,19 @@ def size_rows(trials: Sequence[Row], tables: Tables) -> list[Row]:
 
     Rows with ``group, k, num_windows, density`` (median), ``size_bytes`` and ``share`` (of those of
     all weights), each with ``p50, p95, max``, and ``early, late``: the median share of windows that
-    end by ``EARLY_STEPS``, and of the others (None where either has none, or there are few).
+    end by ``EARLY_STEPS``, and of the others (None where there are none).
     """
     frame = _frame(trials, tables)
     found = []
     for (group, k), own in _split(frame[frame["way"] == "relative"], "group", "k"):
         share = own["size_bytes"] / own["dense_bytes"]
         early = own["step_after"] <= EARLY_STEPS
-        is_split = len(own) >= _MIN_SPLIT and early.any() and not early.all()
         found.append({
             "group": group, "k": int(k), "num_windows": len(own),
             "density": float((own["num_changed"] / own["num_elements"]).median()),
             "size_bytes": _spread(own["size_bytes"]), "share": _spread(share),
-            "early": float(share[early].median()) if is_split else None,
-            "late": float(share[~early].median()) if is_split else None,
+            "early": float(share[early].median()) if early.any() else None,
+            "late": None if early.all() else float(share[~early].median()),
         })  # fmt: skip
     return found
 
@@ -47,24 +45,25 @@ def way_rows(
 
     Rows with ``group, k, way, num_windows, size_bytes, times_smaller`` (than all weights),
     ``bytes_per_change, dense_from`` (share of changed weights from which all of them would be
-    smaller), ``encode_bytes_s, apply_bytes_s`` (bytes of all weights per second, one thread) and
-    ``pauses``: link in Gbit/s -> seconds to move and apply a sync, if nothing goes on meanwhile.
+    smaller; None where they never are), ``encode_bytes_s, apply_bytes_s`` (bytes of all weights per
+    second, one thread) and ``pauses``: link in Gbit/s -> seconds to move and apply a sync, if
+    nothing goes on meanwhile.
     """
     frame = _frame(trials, tables)
     in_all_ways = frame.loc[frame["way"] == "dense", ["trial_id", "k", "step_after"]]
-    frame = frame[frame["k"].isin(_SHOWN_K)].merge(in_all_ways, on=[*in_all_ways.columns])
+    frame = frame[frame["k"].isin(SHOWN_K)].merge(in_all_ways, on=[*in_all_ways.columns])
     found = []
     for (group, k, way), own in _split(frame, "group", "k", "way"):
         middle = own[["size_bytes", "dense_bytes", "encode_s", "apply_s"]].median()
         size, dense = float(middle["size_bytes"]), float(middle["dense_bytes"])
         each = (own["size_bytes"] / own["num_changed"].astype(float)).median()
         itemsize = dense / float(own["num_elements"].median())
-        is_patch = np.isfinite(each)
+        is_patch, dense_from = np.isfinite(each), itemsize / float(each)
         found.append({
             "group": group, "k": int(k), "way": way, "num_windows": len(own),
             "size_bytes": size, "times_smaller": dense / size,
             "bytes_per_change": float(each) if is_patch else None,
-            "dense_from": min(1.0, itemsize / float(each)) if is_patch else None,
+            "dense_from": dense_from if dense_from < 1 else None,
             "encode_bytes_s": dense / float(middle["encode_s"]),
             "apply_bytes_s": dense / float(middle["apply_s"]),
             "pauses": {link: 8e-9 * size / link + float(middle["apply_s"]) for link in links},

@@ -80,6 +80,7 @@ def test_a_damaged_step_names_its_trial(plan: Plan) -> None:
     assert syncs.pending(plan) == [item]
 
 
-def test_links_of_the_report_must_be_positive(tmp_path: Path) -> None:
-    result = CliRunner().invoke(cli.app, ["report", str(tmp_path), "--link", "0"])
+@pytest.mark.parametrize("link", ["0", "inf", "nan"])
+def test_links_of_the_report_must_be_positive_and_finite(tmp_path: Path, link: str) -> None:
+    result = CliRunner().invoke(cli.app, ["report", str(tmp_path), "--link", link])
     assert result.exit_code == 2
