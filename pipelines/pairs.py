@@ -222,7 +222,7 @@ def verify(batch: pa.Table) -> pa.Table:
     try:
         verify_patch(base, patch)
     except RlsparseError as error:
-        row["error"] = _as_data(error, [*base.tensors.values(), *patch.arrays.values()])
+        row["error"] = _as_data(error, [*base.tensors.values(), *patch.data.values()])
     return pa.Table.from_pylist([row], schema=_schema())
 
 

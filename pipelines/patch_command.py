@@ -257,9 +257,9 @@ def _facts(patch: "Patch") -> dict[str, Any]:
     from rlsparse.tensor_file import ITEMSIZE
 
     names, codecs = [*CODECS], Counter[str]()
-    for name in patch.tensors:
-        for entry, _ in patch.blocks(name):
-            codecs[names[entry.codec]] += entry.num_changed
+    for tensor in patch.tensors.values():
+        for block in tensor.blocks:
+            codecs[names[block.codec]] += block.num_changed
     sizes = {name: math.prod(one.shape) for name, one in patch.tensors.items()}
     dense = sum(ITEMSIZE[patch.tensors[name].dtype] * size for name, size in sizes.items())
     changed = patch.num_changed

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
+import pyarrow
 import xxhash
 from hypothesis import strategies as st
 
@@ -51,30 +51,35 @@ class Parts:
         text = json.dumps(header).encode()
         return len(text).to_bytes(8, "little") + text + data
 
-    def numbers(self, name: str) -> np.ndarray:
-        """An array of uint64, to be changed."""
-        _, shape, stored = self.arrays[name]
-        return np.frombuffer(stored, "<u8").reshape(shape)
+    def index(self) -> dict[str, Any]:
+        """What the index of a patch says, to be changed and given to ``seal_index``."""
+        stored = bytes(self.arrays["index"][2])
+        said = json.loads(self.notes[METADATA_KEY])["index"]["size_bytes"]
+        text = stored if len(stored) == said else ZSTD.decompress(stored, said, asbytes=True)
+        return json.loads(text)
 
 
-def seal_blocks(parts: Parts, name: str) -> None:
-    """Give the blocks of a tensor the checksums of their payloads."""
-    at, data = 0, parts.arrays[f"{name}.data"][2]
-    for entry, sizes in zip(
-        parts.numbers(f"{name}.blocks"), parts.numbers(f"{name}.sizes"), strict=True
-    ):
-        stop = at + sum(sizes.tolist())
-        entry[4] = xxhash.xxh3_64_intdigest(bytes(data[at:stop]))
-        at = stop
+ZSTD = pyarrow.Codec("zstd")
 
 
-def seal_tables(parts: Parts) -> None:
-    """Give the header the checksums of the tables, and its own."""
+def seal_blocks(parts: Parts, index: dict[str, Any]) -> None:
+    """Give all blocks the checksums of their payloads."""
+    at, data = 0, bytes(parts.arrays["data"][2])
+    for tensor in index["tensors"]:
+        for block in tensor["blocks"]:
+            stop = at + sum(block[-1])
+            block[4] = xxhash.xxh3_64_intdigest(data[at:stop])
+            at = stop
+
+
+def seal_index(parts: Parts, text: str) -> None:
+    """Put an index into a patch, compressed, and its checksum and its size into the header."""
+    raw = text.encode()
+    stored = bytearray(ZSTD.compress(raw, asbytes=True))
+    stored = stored if len(stored) < len(raw) else bytearray(raw)
+    parts.arrays["index"] = "U8", [len(stored)], stored
     said = json.loads(parts.notes[METADATA_KEY])
-    for name, one in said["tensors"].items():
-        if one["num_changed"]:
-            tables = [bytes(parts.arrays[f"{name}.{key}"][2]) for key in ("blocks", "sizes")]
-            one["xxh3_table"] = xxhash.xxh3_128_hexdigest(b"".join(tables))
+    said["index"] = {"size_bytes": len(raw), "xxh3": xxhash.xxh3_128_hexdigest(bytes(stored))}
     seal(parts, METADATA_KEY, json.dumps(said))
 
 
@@ -142,35 +147,41 @@ def paths(value: Any) -> Iterator[list[Any]]:
 
 def damaged_patch(data: Any, content: bytes) -> bytes:
     """A patch damaged anywhere, or in one layer with the checksums of the others made to agree."""
-    kind = data.draw(st.sampled_from(["bytes", "header", "table", "payload"]))
+    kind = data.draw(st.sampled_from(["bytes", "header", "index", "blocks", "payload"]))
     if kind == "bytes":
         return damaged_bytes(data, content)
     parts = Parts.of(content)
     if kind == "header":
         seal(parts, METADATA_KEY, damaged_json(data, parts.notes[METADATA_KEY]))
         return parts.content()
-    name = data.draw(st.sampled_from(["a", "b", "c"]))
+    index = parts.index()
+    if kind == "index":
+        seal_index(parts, damaged_json(data, json.dumps(index)))
+        return parts.content()
     if kind == "payload":
-        stored = parts.arrays[f"{name}.data"][2]
+        stored = parts.arrays["data"][2]
         for _ in range(data.draw(st.integers(1, 3))):
             stored[data.draw(st.integers(0, len(stored) - 1))] = data.draw(st.integers(0, 255))
-        seal_blocks(parts, name)
-    for _ in range(data.draw(st.integers(1, 2)) if kind == "table" else 0):
-        array = parts.numbers(f"{name}.{data.draw(st.sampled_from(['blocks', 'sizes']))}")
-        place = data.draw(st.integers(0, array.size - 1))
-        array.flat[place] = data.draw(NUMBERS.filter(lambda n: 0 <= n < 2**64))
-    if kind == "table" and data.draw(st.booleans()):
-        move(data, parts, name)
-    seal_tables(parts)
+        seal_blocks(parts, index)
+    else:
+        tensor = data.draw(st.sampled_from([one for one in index["tensors"] if one["blocks"]]))
+        for _ in range(data.draw(st.integers(1, 2))):
+            block = data.draw(st.sampled_from(tensor["blocks"]))
+            row = data.draw(st.sampled_from([block, block[-1]]))
+            places = [place for place, number in enumerate(row) if isinstance(number, int)]
+            row[data.draw(st.sampled_from(places))] = data.draw(NUMBERS)
+        if data.draw(st.booleans()):
+            move(data, tensor["blocks"])
+    seal_index(parts, json.dumps(index))
     return parts.content()
 
 
-def move(data: Any, parts: Parts, name: str) -> None:
-    """Add to one number of a table what is taken from another of its column."""
-    key, column = data.draw(st.sampled_from([("blocks", 1), ("blocks", 0), ("sizes", 0)]))
-    array, amount = parts.numbers(f"{name}.{key}"), data.draw(st.integers(1, 5))
-    for row, number in ((0, amount), (-1, -amount)):
-        array[row, column] = (int(array[row, column]) + number) % 2**64
+def move(data: Any, blocks: list[Any]) -> None:
+    """Add to one number of a tensor's first block what is taken from another of its last."""
+    amount, column = data.draw(st.integers(1, 5)), data.draw(st.sampled_from([0, 1, "sizes"]))
+    for block, number in ((blocks[0], amount), (blocks[-1], -amount)):
+        row, place = (block[-1], 0) if column == "sizes" else (block, column)
+        row[place] += number
 
 
 def damaged_anchor(data: Any, content: bytes) -> bytes:

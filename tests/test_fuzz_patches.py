@@ -22,4 +22,3 @@ def test_damage_is_refused_or_does_no_harm(tmp_path, what):
     assert done.returncode == 0, done.stderr[-8000:]
     seen = json.loads(done.stdout)
     assert seen["refused"] > fuzz_patches.NUM_EXAMPLES / 2
-    assert seen["right"] > 5

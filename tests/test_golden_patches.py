@@ -43,12 +43,14 @@ def test_a_golden_patch_has_what_it_is_to_show(coding, compression):
     """Several blocks of each codec, and streams that are really compressed."""
     patch = Patch.open(golden.golden_file(coding, compression))
     for name, one in KNOWN.items():
-        blocks = patch.blocks(name)
+        blocks = patch.tensors[name].blocks
         if one.codec:
             assert len(blocks) > 1
-            assert {entry.codec for entry, _ in blocks} == {[*CODECS].index(one.codec)}
+            assert {block.codec for block in blocks} == {[*CODECS].index(one.codec)}
     smaller = [
-        sizes[0] < entry.position_bytes for name in KNOWN for entry, sizes in patch.blocks(name)
+        block.sizes[0] < block.position_bytes
+        for name in KNOWN
+        for block in patch.tensors[name].blocks
     ]
     assert any(smaller) == (compression == "zstd")
 

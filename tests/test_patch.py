@@ -4,9 +4,11 @@ import pickle
 
 import numpy as np
 import planted
+import pyarrow
 import pytest
-import safetensors.numpy
+import safetensors
 import xxhash
+from damage import Parts, seal_index
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planted import Tensor
@@ -108,8 +110,11 @@ def test_a_block_ends_with_enough_changes_or_with_the_tensor(tmp_path):
     after[::2] = 1
     after[PIECE:-1] = 0
     tensor = TensorPair("t", "bf16", before.shape, before, after)
-    table = write_patch(tmp_path / "p", [tensor], base_fingerprint="f").blocks("t")
-    assert [(e.stop, e.num_changed) for e, _ in table] == [(PIECE, PIECE // 2), (3 * PIECE, 0)]
+    table = write_patch(tmp_path / "p", [tensor], base_fingerprint="f").tensors["t"].blocks
+    assert [(block.stop, block.num_changed) for block in table] == [
+        (PIECE, PIECE // 2),
+        (3 * PIECE, 0),
+    ]
 
 
 def test_a_block_has_no_more_elements_than_positions_can_count(tmp_path, monkeypatch):
@@ -118,7 +123,7 @@ def test_a_block_has_no_more_elements_than_positions_can_count(tmp_path, monkeyp
     before = np.zeros(1000, np.uint16)
     tensor = TensorPair("t", "bf16", before.shape, before, before + (np.arange(1000) % 400 == 0))
     patch = write_patch(tmp_path / "p", [tensor], base_fingerprint="f")
-    table = [(entry.stop, entry.num_changed) for entry, _ in patch.blocks("t")]
+    table = [(block.stop, block.num_changed) for block in patch.tensors["t"].blocks]
     assert table == [(300, 1), (600, 1), (900, 1), (1000, 0)]
 
 
@@ -251,29 +256,37 @@ def test_file_is_deterministic_and_open_to_others(tmp_path, pair):
     name = "model.layers.0.self_attn.q_proj.weight"
     with safetensors.safe_open(one.path, "numpy") as file:
         content = json.loads(file.metadata()[METADATA_KEY])
-        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    sides = (pair.tensors_before[name].bits, pair.tensors_after[name].bits)
-    before, after = (xxhash.xxh3_128_hexdigest(bits.tobytes()) for bits in sides)
-    changed = pair.changed[name]
-    assert content["tensors"][name] == {
-        "dtype": "bf16",
-        "shape": [16, 16],
-        "num_changed": int(changed.sum()),
-        "xxh3_before": before,
-        "xxh3_after": after,
-        "xxh3_table": xxhash.xxh3_128_hexdigest(
-            stored[f"{name}.blocks"].tobytes() + stored[f"{name}.sizes"].tobytes()
-        ),
-    }
-    data = stored[f"{name}.data"].tobytes()
-    sizes = stored[f"{name}.sizes"].tolist()
-    number = list(CODECS).index("gaps")
-    skipped = np.diff(np.flatnonzero(changed), prepend=-1) - 1
-    row = [256, int(changed.sum()), number, len(leb128(skipped)), xxhash.xxh3_64_intdigest(data)]
-    assert stored[f"{name}.blocks"].tolist() == [row]
-    assert (len(sizes), len(sizes[0]), sum(sizes[0])) == (1, 4, len(data))
-    assert content["tensors"]["model.norm.weight"]["num_changed"] == 0
-    assert not [key for key in stored if key.startswith("model.norm")]
+        stored = {key: file.get_tensor(key).tobytes() for key in file.keys()}  # noqa: SIM118
+    index = stored.pop("index")
+    assert content["index"]["xxh3"] == xxhash.xxh3_128_hexdigest(index)
+    text = pyarrow.decompress(index, content["index"]["size_bytes"], codec="zstd", asbytes=True)
+    rows = json.loads(text)["tensors"]
+    assert [row["name"] for row in rows] == [*pair.tensors_before]
+    at = 0
+    for row in rows:
+        name, changed = row["name"], pair.changed[row["name"]]
+        before, after = pair.tensors_before[name], pair.tensors_after[name]
+        skipped = np.diff(np.flatnonzero(changed), prepend=-1) - 1
+        (block,) = row["blocks"] or [[0, 0, 0, 0, 0, []]]
+        size = sum(block[-1])
+        payload = stored["data"][at : at + size]
+        assert row == {
+            "name": name,
+            "dtype": "bf16",
+            "shape": [*before.shape],
+            "num_changed": int(changed.sum()),
+            "xxh3_before": xxhash.xxh3_128_hexdigest(before.bits.tobytes()),
+            "xxh3_after": xxhash.xxh3_128_hexdigest(after.bits.tobytes()),
+            "blocks": [[
+                before.bits.size, int(changed.sum()), [*CODECS].index("gaps"),
+                len(leb128(skipped)), xxhash.xxh3_64_intdigest(payload), block[-1],
+            ]] if changed.any() else [],
+        }  # fmt: skip
+        assert len(block[-1]) == (4 if changed.any() else 0)
+        at += size
+    assert at == len(stored.pop("data")) > 0
+    assert not stored
+    assert not rows[[*pair.tensors_before].index("model.norm.weight")]["blocks"]
 
 
 @pytest.mark.parametrize("codec", [None, *CODECS])
@@ -284,7 +297,7 @@ def test_all_ways_to_write_give_the_same_checkpoint(tmp_path, pair, coding, comp
         tmp_path / "p", pairs(pair.tensors_before, pair.tensors_after), base_fingerprint="f",
         coding=coding, compression=compression, codec=codec,
     )  # fmt: skip
-    entries = [entry for name in patch.tensors for entry, _ in patch.blocks(name)]
+    entries = [block for one in patch.tensors.values() for block in one.blocks]
     assert entries
     if codec is not None:
         assert {entry.codec for entry in entries} == {list(CODECS).index(codec)}
@@ -422,7 +435,7 @@ def test_every_damaged_byte_is_noticed(tmp_path):
     after = {n: planted.plant(rng, tensor, densities[n])[0] for n, tensor in before.items()}
     base = Checkpoint.open(planted.write_folder(tmp_path / "base", before))
     patch = write_patch(tmp_path / "p", pairs(before, after), base_fingerprint=fingerprint(base))
-    codecs = {[*CODECS][entry.codec] for name in before for entry, _ in patch.blocks(name)}
+    codecs = {[*CODECS][block.codec] for one in patch.tensors.values() for block in one.blocks}
     assert codecs == {"bitmap", "gaps"}
     whole = patch.path.read_bytes()
     for position in range(len(whole)):
@@ -441,7 +454,7 @@ def make_patch_of(base, path, before, after) -> Patch:
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_damage_of_any_kind_is_an_error_and_never_wrong_weights(tmp_path_factory, data):
-    """Tables that name other places, streams that are longer: whatever the checksums are."""
+    """What makes the checksums agree is in ``fuzz_patches``."""
     folder = tmp_path_factory.mktemp("fuzz")
     rng = np.random.default_rng(1)
     before = rng.integers(0, 2**16, 300, np.uint16)
@@ -449,17 +462,11 @@ def test_damage_of_any_kind_is_an_error_and_never_wrong_weights(tmp_path_factory
     base = planted.write_folder(folder / "base", {"t": Tensor("bf16", (300,), before)})
     patch = make_patch_of(base, folder / "p", before, after)
     content = bytearray(patch.path.read_bytes())
-    kind = data.draw(st.sampled_from(["cut", "overwrite", "insert", "table"]))
-    if kind == "table":
-        info = patch.arrays[data.draw(st.sampled_from(["t.blocks", "t.sizes"]))]
-        place = info.offset + 8 * data.draw(st.integers(0, info.num_elements - 1))
-        number = data.draw(st.one_of(st.integers(0, 400), st.integers(0, 2**64 - 1)))
-        content[place : place + 8] = number.to_bytes(8, "little")
-    else:
-        place = data.draw(st.integers(0, len(content) - 1))
-        more = data.draw(st.binary(min_size=1, max_size=20))
-        end = {"cut": len(content), "overwrite": place + len(more), "insert": place}[kind]
-        content[place:end] = b"" if kind == "cut" else more
+    kind = data.draw(st.sampled_from(["cut", "overwrite", "insert"]))
+    place = data.draw(st.integers(0, len(content) - 1))
+    more = data.draw(st.binary(min_size=1, max_size=20))
+    end = {"cut": len(content), "overwrite": place + len(more), "insert": place}[kind]
+    content[place:end] = b"" if kind == "cut" else more
     patch.path.write_bytes(content)
     try:
         apply_patch(base, patch.path, folder / "out")
@@ -480,61 +487,66 @@ def forged(tmp_path, monkeypatch):
     path = make_patch_of(base, tmp_path / "p", before, before + (before % 10 == 0)).path
 
     def forge(change) -> Patch:
-        with safetensors.safe_open(path, "numpy") as file:
-            content = json.loads(file.metadata()[METADATA_KEY])
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        change(content["tensors"]["t"], arrays)
-        table = b"".join(arrays[key].tobytes() for key in ("t.blocks", "t.sizes") if key in arrays)
-        content["tensors"]["t"]["xxh3_table"] = xxhash.xxh3_128_hexdigest(table)
-        text = json.dumps(content)
-        checksum = xxhash.xxh3_128_hexdigest(text.encode())
-        notes = {METADATA_KEY: text, CHECKSUM_KEY: checksum}
-        safetensors.numpy.save_file(arrays, path, notes)
+        parts = Parts.of(path.read_bytes())
+        index = parts.index()
+        change(index["tensors"][0], parts.arrays)
+        seal_index(parts, json.dumps(index))
+        path.write_bytes(parts.content())
         return Patch.open(path)
 
     return forge
 
 
+def block(row: int, column: int, number: int):
+    """Puts a number into the table of a tensor."""
+    return lambda tensor, _: tensor["blocks"][row].__setitem__(column, number)
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        lambda tensor, arrays: arrays["t.blocks"].__setitem__((2, 0), 299),  # the last stop
-        lambda tensor, arrays: (  # more changes than elements
-            tensor.update(num_changed=121), arrays["t.blocks"].__setitem__((0, 1), 101)
-        ),
-        lambda tensor, arrays: arrays["t.blocks"].__setitem__((0, 3), 801),  # bytes to make room
-        lambda tensor, arrays: arrays["t.sizes"].__setitem__((0, 0), 100),
-        lambda tensor, arrays: tensor.update(num_changed=31),
-        lambda tensor, arrays: (
-            tensor.update(shape=[2**32]), arrays["t.blocks"].__setitem__((2, 0), 2**32)
-        ),
+        (block(2, 0, 299), "blocks of t"),  # the last stop
+        (block(1, 0, 100), "blocks of t"),  # without an element
+        (lambda t, _: (t.update(num_changed=121), t["blocks"][0].__setitem__(1, 101)), "blocks of"),
+        (block(0, 3, 801), "blocks of t"),  # bytes to make room
+        (block(0, 5, [1, 2, 3]), "blocks of t"),  # a stream is missing
+        (lambda t, _: (t.update(shape=[2**32]), t["blocks"][2].__setitem__(0, 2**32)), "blocks of"),
+        (lambda t, _: t.update(num_changed=31), "blocks of t"),
+        (lambda t, _: t["blocks"].clear(), "blocks of t"),
+        (block(0, 5, [100, 2, 3, 4]), "bytes of data, "),
+        (block(0, 1, 10.0), "numbers of t"),
+        (block(0, 5, [-1, 2, 3, 4]), "numbers of t"),
+        (block(0, 5, 7), "TypeError"),
+        (lambda t, _: t["blocks"].__setitem__(0, []), "not enough values"),
+        (lambda t, _: t["blocks"][0].pop(2), "TypeError"),
+        (lambda t, _: t.update(num_changed=301), "301 changes of t"),
+        (lambda t, _: t.update(part=[0, 301]), "elements 0 to 301 of t"),
+        (lambda t, _: t.update(shape=[300.0]), "numbers of t"),
+        (lambda t, _: t.update(xxh3_before=5), "checksums of t"),
+        (lambda t, _: t.update(xxh3_after=t["xxh3_before"]), "30 changes and the checksums of t"),
+        (lambda t, _: (t.update(num_changed=0), t["blocks"].clear()), "changes and the checksums"),
+        (lambda t, _: t.update(dtype="bf17"), "KeyError"),
+        (lambda t, _: t.pop("name"), "KeyError"),
+        (lambda t, _: t.update(name="a\nb"), "names are text without control"),
+        (lambda _, arrays: arrays.pop("data"), r"arrays \{'index'"),
+        (lambda _, arrays: arrays.update(other=arrays["data"]), "'other': "),
+        (lambda _, arrays: arrays.update(data=("I8", *arrays["data"][1:])), "'data': .'i8', 1"),
     ],
 )  # fmt: skip
-def test_tables_that_contradict_themselves(forged, change):
-    assert len(forged(lambda tensor, arrays: None).blocks("t")) == 3
-    patch = forged(change)
-    with pytest.raises(PatchError, match="the table of tensor t contradicts itself"):
-        patch.blocks("t")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda tensor, arrays: tensor.update(num_changed=301),
-        lambda tensor, arrays: tensor.update(part=[0, 301]),
-        lambda tensor, arrays: arrays.pop("t.data"),
-        lambda tensor, arrays: arrays.update({"t.blocks": arrays["t.blocks"][:2]}),
-        lambda tensor, arrays: arrays.update({"t.sizes": arrays["t.sizes"].astype(np.uint32)}),
-        lambda tensor, arrays: arrays.update({"other.data": arrays["t.data"]}),
-        lambda tensor, arrays: tensor.update(xxh3_before=5),
-        lambda tensor, arrays: tensor.update(shape=[300.0]),
-        lambda tensor, arrays: tensor.update(xxh3_after=tensor["xxh3_before"]),
-        lambda tensor, arrays: (tensor.update(num_changed=0), arrays.clear()),
-    ],
-)
-def test_headers_that_make_no_sense(forged, change):
-    with pytest.raises(PatchError, match="has a damaged patch header"):
+def test_what_contradicts_itself_is_refused(forged, change, message):
+    assert len(forged(lambda tensor, arrays: None).tensors["t"].blocks) == 3
+    with pytest.raises(PatchError, match=rf"p has a damaged patch header .*{message}"):
         forged(change)
+
+
+def test_a_tensor_that_an_index_has_twice(tmp_path, pair):
+    parts = Parts.of(make_patch(pair, tmp_path / "p").path.read_bytes())
+    index = parts.index()
+    unchanged = next(one for one in index["tensors"] if not one["blocks"])
+    seal_index(parts, json.dumps({"tensors": [*index["tensors"], unchanged]}))
+    (tmp_path / "p").write_bytes(parts.content())
+    with pytest.raises(PatchError, match=f"{unchanged['name']} comes twice"):
+        Patch.open(tmp_path / "p")
 
 
 @pytest.mark.parametrize(
@@ -542,13 +554,18 @@ def test_headers_that_make_no_sense(forged, change):
     [(2, 3, "codec 3 is unknown; known: 0 to 2"), (3, 1, r"\d+ bytes stand for 1")],
 )
 def test_blocks_that_make_no_sense(forged, column, number, message):
-    patch = forged(lambda tensor, arrays: arrays["t.blocks"].__setitem__((1, column), number))
+    patch = forged(block(1, column, number))
     with pytest.raises(PatchError, match=rf"p is damaged at tensor t: {message}"):
         Changes(patch, "t").check()
 
 
+def damage_ends(stored: bytearray) -> None:
+    for place in (0, -1):
+        stored[place] ^= 1
+
+
 def test_a_stretch_is_read_without_the_blocks_beside_it(forged):
-    patch = forged(lambda tensor, arrays: np.bitwise_xor.at(arrays["t.data"], [0, -1], 1))
+    patch = forged(lambda tensor, arrays: damage_ends(arrays["data"][2]))
     before = np.arange(100, 200, dtype=np.uint16)
     bits = before.copy()
     Changes(patch, "t").apply(bits, 100)
@@ -565,15 +582,6 @@ def test_another_result_than_was_written_is_refused(forged, tmp_path):
     with pytest.raises(PatchError, match="is damaged: the result of t has another checksum"):
         apply_patch(tmp_path / "base", patch.path, tmp_path / "out")
     assert not list(tmp_path.glob("out/*"))
-
-
-def test_a_damaged_table_is_told_by_its_checksum(tmp_path, pair):
-    patch = make_patch(pair, tmp_path / "p")
-    content, name = bytearray(patch.path.read_bytes()), "model.embed_tokens.weight"
-    content[patch.arrays[f"{name}.blocks"].offset] ^= 1
-    patch.path.write_bytes(content)
-    with pytest.raises(PatchError, match=f"is damaged: the table of {name} has another checksum"):
-        patch.blocks(name)
 
 
 def test_a_base_with_other_tensors_beside_those_of_the_patch_is_another(tmp_path, pair):
@@ -614,23 +622,35 @@ def test_other_files_are_no_patches(tmp_path, pair):
     with pytest.raises(PatchError, match="cannot read"):
         Patch.open(tmp_path / "missing")
     planted.write_file(tmp_path / "future", {}, {METADATA_KEY: json.dumps({"version": "9"})})
-    with pytest.raises(PatchError, match="format 9, this release reads 2"):
+    with pytest.raises(PatchError, match="format 9, this release reads 3"):
         Patch.open(tmp_path / "future")
+    index = {"size_bytes": 14, "xxh3": xxhash.xxh3_128_hexdigest(b'{"tensors":[]}')}
     good = {
-        "version": "2", "values": "absolute", "base_fingerprint": "f",
-        "metadata": {}, "tensors": {},
+        "version": "3", "values": "absolute", "base_fingerprint": "f", "metadata": {},
+        "index": index,
     }  # fmt: skip
+    text = np.frombuffer(b'{"tensors":[]}', np.uint8)
+    stored = {"index": Tensor("u8", (14,), text), "data": Tensor("u8", (0,), text[:0])}
     for text, message in {
         json.dumps(good | {"values": "other"}): "values are 'other'",
         json.dumps(good | {"base_fingerprint": 5}): "the fingerprint or a note is no text",
         json.dumps(good | {"metadata": {"version": 5}}): "the fingerprint or a note is no text",
         json.dumps(good | {"metadata": 5}): "AttributeError",
+        json.dumps(good | {"index": {"size_bytes": 2**40}}): "an index of 1099511627776 bytes",
+        json.dumps(good | {"index": {"size_bytes": True}}): "an index of True bytes",
+        json.dumps(good | {"index": index | {"size_bytes": 13}}): "14 bytes stand for 13",
+        json.dumps(good | {"index": index | {"size_bytes": 15}}): "cannot be decompressed",
+        json.dumps(good | {"index": index | {"xxh3": "0"}}): "another checksum of the in",
         "[" * 100_000: "nested too deep",
     }.items():
         notes = {METADATA_KEY: text, CHECKSUM_KEY: xxhash.xxh3_128_hexdigest(text.encode())}
-        planted.write_file(tmp_path / "other", {}, notes)
+        planted.write_file(tmp_path / "other", stored, notes)
         with pytest.raises(PatchError, match=f"damaged patch header .*{message}"):
             Patch.open(tmp_path / "other")
+    text = json.dumps(good)
+    notes = {METADATA_KEY: text, CHECKSUM_KEY: xxhash.xxh3_128_hexdigest(text.encode())}
+    planted.write_file(tmp_path / "other", stored, notes)
+    assert Patch.open(tmp_path / "other").tensors == {}
 
 
 def test_wrong_input_writes_nothing(tmp_path):

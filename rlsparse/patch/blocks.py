@@ -34,7 +34,7 @@ _LEVEL = 1  # higher ones take several times as long and gain less than 2 %
 
 
 class Entry(NamedTuple):
-    """What the table of a tensor says of a block; written as one row of uint64.
+    """What the index says of a block, as one row.
 
     Attributes:
         stop: one past its last element; it starts where the one before stops.
@@ -42,6 +42,7 @@ class Entry(NamedTuple):
         codec: place in ``CODECS``.
         position_bytes: size of the codec's stream before compression.
         checksum: xxh3 (64 bits) of the payload.
+        sizes: of each stream the bytes that are stored, one after another.
     """
 
     stop: int
@@ -49,6 +50,7 @@ class Entry(NamedTuple):
     codec: int
     position_bytes: int
     checksum: int
+    sizes: tuple[int, ...]
 
 
 class Block(NamedTuple):
@@ -66,7 +68,7 @@ def encode(
     coding: Coding,
     codec: CodecName | None,
     compression: Compression,
-) -> tuple[Entry, list[int], list[Any]]:
+) -> tuple[Entry, list[Any]]:
     """Encode a block.
 
     Args:
@@ -78,7 +80,7 @@ def encode(
         compression: of all streams.
 
     Returns:
-        Its entry, the stored size of each stream, and the streams.
+        Its entry, and the streams.
     """
     size = stop - start
     name = codec or ("bitmap" if block.positions.size >= BITMAP_FROM * size else "gaps")
@@ -86,25 +88,23 @@ def encode(
         name = "gaps"  # takes no bytes then
     positions = CODECS[name].encode(block.positions, size)
     raw = (positions, *values.streams(coding, block.values))
-    streams = [_smaller(stream, compression) for stream in raw]
+    streams = [smaller(stream, compression) for stream in raw]
     digest = xxhash.xxh3_64()
     for stream in streams:
         digest.update(stream)
     number = list(CODECS).index(name)
-    entry = Entry(stop, block.positions.size, number, positions.size, digest.intdigest())
-    return entry, [memoryview(stream).nbytes for stream in streams], streams
+    sizes = tuple(memoryview(stream).nbytes for stream in streams)
+    checksum = digest.intdigest()
+    return Entry(stop, block.positions.size, number, positions.size, checksum, sizes), streams
 
 
-def decode(
-    payload: Stream, entry: Entry, start: int, sizes: list[int], coding: Coding, itemsize: int
-) -> Block:
+def decode(payload: Stream, entry: Entry, start: int, coding: Coding, itemsize: int) -> Block:
     """Decode a block.
 
     Args:
         payload: its bytes.
-        entry: what the table says of it.
+        entry: what the index says of it.
         start: its first element in the tensor.
-        sizes: stored size of each of its streams.
         coding: of its values.
         itemsize: bytes of a value.
 
@@ -115,13 +115,13 @@ def decode(
         raise PatchError("the bytes of a block have another checksum")
     if not entry.codec < len(CODECS):
         raise PatchError(f"codec {entry.codec} is unknown; known: 0 to {len(CODECS) - 1}")
-    ends = np.cumsum([0, *sizes]).tolist()
+    ends = np.cumsum([0, *entry.sizes]).tolist()
     stored = [payload[low:high] for low, high in itertools.pairwise(ends)]
     number, whole = entry.num_changed, entry.stop - start
     codec = [*CODECS.values()][entry.codec]
-    positions = codec.decode(_expanded(stored[0], entry.position_bytes), whole, number)
+    positions = codec.decode(expanded(stored[0], entry.position_bytes), whole, number)
     lengths = values.stream_bytes(coding, itemsize, number)
-    found = [_expanded(*each) for each in zip(stored[1:], lengths, strict=True)]
+    found = [expanded(*each) for each in zip(stored[1:], lengths, strict=True)]
     return Block(positions, values.of_streams(coding, found, number))
 
 
@@ -132,14 +132,20 @@ def _zstd() -> Any:
     return pyarrow.Codec("zstd", _LEVEL)
 
 
-def _smaller(stream: Stream, compression: Compression) -> Any:
+def smaller(stream: Stream, compression: Compression) -> Any:
+    """A stream as it is stored: compressed, unless that makes it no smaller."""
     if compression == "none" or not stream.size:
         return stream.data
     packed = _zstd().compress(stream.data)
     return packed if packed.size < stream.size else stream.data
 
 
-def _expanded(stored: Stream, size: int) -> Stream:
+def expanded(stored: Stream, size: int) -> Stream:
+    """The stream of ``size`` bytes that ``smaller`` stored.
+
+    Raises:
+        PatchError: there is none.
+    """
     if stored.size == size:
         return stored
     if stored.size > size:

@@ -15,18 +15,27 @@ from rlsparse.patch import blocks, values
 from rlsparse.patch.blocks import Block, Entry
 from rlsparse.patch.codec import Positions
 from rlsparse.patch.values import CODINGS, Coding
-from rlsparse.tensor_file import ITEMSIZE, Bits, TensorInfo, parse_json, read_header, unique
+from rlsparse.tensor_file import (
+    ITEMSIZE,
+    Bits,
+    TensorInfo,
+    check_name,
+    parse_json,
+    read_header,
+    unique,
+)
 
-FORMAT_VERSION = "2"
+FORMAT_VERSION = "3"
 METADATA_KEY = "rlsparse_patch"
 CHECKSUM_KEY = "rlsparse_patch_checksum"
-"""xxh3 (128 bits, hex) of what is at ``METADATA_KEY``, which has those of tables and tensors."""
+"""xxh3 (128 bits, hex) of what is at ``METADATA_KEY``, which has that of the index."""
 PATCH_FILE = "weights.patch.safetensors"
 
 _AGAIN = "write it again"
-_ARRAYS = ("blocks", "sizes", "data")
 MAX_BLOCK = 2**31
 """Elements of a block, so that positions fit 32 bits."""
+MAX_INDEX = 2**31
+"""Bytes of an index, so that a damaged header cannot ask for all memory."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class PatchedTensor:
         num_changed: elements whose bits differ.
         xxh3_before: xxh3 (128 bits, hex) of all its bytes before.
         xxh3_after: likewise after.
-        xxh3_table: of its blocks and sizes; "" if nothing changed.
+        blocks: what it is cut into, in order; none if nothing changed.
         part: the flat elements [start, stop) of which alone all this is said, if the patch is of a
             worker that holds no more; blocks count from its start. None: all.
     """
@@ -49,7 +58,7 @@ class PatchedTensor:
     num_changed: int
     xxh3_before: str
     xxh3_after: str
-    xxh3_table: str
+    blocks: tuple[Entry, ...] = ()
     part: tuple[int, int] | None = None
 
     @property
@@ -58,17 +67,53 @@ class PatchedTensor:
         start, stop = self.part or (0, math.prod(self.shape))
         return stop - start
 
+    @property
+    def data_bytes(self) -> int:
+        """Bytes that its blocks take."""
+        return sum(sum(block.sizes) for block in self.blocks)
+
     def entry(self) -> dict[str, Any]:
-        """As the header has it: without ``part`` where that is all."""
+        """As the index has it: without ``part`` where that is all."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
     @classmethod
     def of(cls, entry: dict[str, Any]) -> "PatchedTensor":
         """The way back."""
+        blocks = tuple(Entry._make([*row, tuple(sizes)]) for *row, sizes in entry["blocks"])
         sequences: dict[str, Any] = {
             key: tuple(entry[key]) for key in ("shape", "part") if key in entry
         }
-        return cls(**{**entry, **sequences})
+        return cls(**{**entry, **sequences, "blocks": blocks})
+
+    def check(self, num_streams: int) -> None:
+        """Raise ValueError if what is said contradicts itself."""
+        if not all(type(number) is int and number >= 0 for number in self._numbers()):
+            raise ValueError("numbers")
+        if not isinstance(self.xxh3_before, str) or not isinstance(self.xxh3_after, str):
+            raise ValueError("checksums")
+        start, stop = self.part or (0, math.prod(self.shape))
+        if not 0 <= start <= stop <= math.prod(self.shape):
+            raise ValueError(f"elements {start} to {stop}")
+        if not 0 <= self.num_changed <= self.num_elements:
+            raise ValueError(f"{self.num_changed} changes")
+        if (self.num_changed == 0) != (self.xxh3_before == self.xxh3_after):
+            raise ValueError(f"{self.num_changed} changes and the checksums")
+        stops = [0, *(block.stop for block in self.blocks)]
+        lengths = [stop - start for start, stop in itertools.pairwise(stops)]
+        if (
+            stops[-1] != (self.num_elements if self.num_changed else 0)
+            or any(not 0 < length <= MAX_BLOCK for length in lengths)
+            or any(b.num_changed > n for b, n in zip(self.blocks, lengths, strict=True))
+            or any(b.position_bytes > 8 * n for b, n in zip(self.blocks, lengths, strict=True))
+            or any(len(block.sizes) != num_streams for block in self.blocks)
+            or sum(block.num_changed for block in self.blocks) != self.num_changed
+        ):
+            raise ValueError("blocks")
+
+    def _numbers(self) -> Iterator[Any]:
+        yield from (*self.shape, self.num_changed, *(self.part or ()))
+        for block in self.blocks:
+            yield from (*block[:-1], *block.sizes)
 
 
 @dataclass(frozen=True)
@@ -81,7 +126,7 @@ class Patch:
         base_fingerprint: ``checkpoint.fingerprint`` of the checkpoint that it applies to.
         metadata: notes of whoever wrote it.
         tensors: name -> what it says of that tensor.
-        arrays: the arrays in the file, ``<tensor>.<array>``.
+        data: name -> where the blocks of that tensor lie, one after another.
     """
 
     path: Path
@@ -89,11 +134,11 @@ class Patch:
     base_fingerprint: str
     metadata: dict[str, str]
     tensors: dict[str, PatchedTensor]
-    arrays: dict[str, TensorInfo]
+    data: dict[str, TensorInfo]
 
     @classmethod
     def open(cls, path: str | Path) -> "Patch":
-        """Open a patch and check that all its parts are there; payloads are not read.
+        """Open a patch and check what it says of itself; the blocks are not read.
 
         Raises:
             PatchError: not a patch, of another format version, or damaged.
@@ -110,96 +155,28 @@ class Patch:
         text = notes[METADATA_KEY]
         try:
             content = parse_json(text.encode(), unique)
-            if content["version"] != FORMAT_VERSION:
-                raise PatchError(
-                    f"{path} is a patch of format {content['version']}, this release reads "
-                    f"{FORMAT_VERSION}: write it again with this release"
-                )
-            if notes.get(CHECKSUM_KEY) != xxhash.xxh3_128_hexdigest(text.encode()):
-                raise ValueError("another checksum")
-            if content["values"] not in CODINGS:
-                raise ValueError(f"values are {content['values']!r}")
-            tensors = {name: PatchedTensor.of(entry) for name, entry in content["tensors"].items()}
-            patch = cls(
-                path, content["values"], content["base_fingerprint"], content["metadata"],
-                tensors, arrays,
-            )  # fmt: skip
-            patch._check_header()
-            for name, tensor in tensors.items():
-                patch._check(name, tensor)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, PatchError):
-                raise
+            if content["version"] == FORMAT_VERSION:
+                if notes.get(CHECKSUM_KEY) != xxhash.xxh3_128_hexdigest(text.encode()):
+                    raise ValueError("another checksum")
+                return cls._of(path, arrays, content)
+            version = content["version"]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise PatchError(f"{path} has a damaged patch header ({error!r}): {_AGAIN}") from error
-        return patch
+        raise PatchError(
+            f"{path} is a patch of format {version}, this release reads {FORMAT_VERSION}: write "
+            "it again with this release"
+        )
 
-    def _check_header(self) -> None:
-        strings = (self.base_fingerprint, *self.metadata.values())
+    @classmethod
+    def _of(cls, path: Path, arrays: dict[str, TensorInfo], content: dict[str, Any]) -> "Patch":
+        patch = cls(
+            path, content["values"], content["base_fingerprint"], content["metadata"],
+            *_read_index(arrays, content),
+        )  # fmt: skip
+        strings = (patch.base_fingerprint, *patch.metadata.values())
         if not all(isinstance(text, str) for text in strings):
             raise ValueError("the fingerprint or a note is no text")
-        changed = [name for name, tensor in self.tensors.items() if tensor.num_changed]
-        expected = {f"{name}.{key}" for name in changed for key in _ARRAYS}
-        if self.arrays.keys() != expected:
-            raise ValueError(f"arrays {sorted(self.arrays.keys() ^ expected)[:3]}")
-
-    def _check(self, name: str, tensor: PatchedTensor) -> None:
-        width = self._num_streams(tensor)
-        numbers = (*tensor.shape, tensor.num_changed, *(tensor.part or ()))
-        if not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError(f"numbers of {name}")
-        sums = (tensor.xxh3_before, tensor.xxh3_after, tensor.xxh3_table)
-        if not all(isinstance(text, str) for text in sums):
-            raise ValueError(f"checksums of {name}")
-        start, stop = tensor.part or (0, math.prod(tensor.shape))
-        if not 0 <= start <= stop <= math.prod(tensor.shape):
-            raise ValueError(f"elements {start} to {stop} of {name}")
-        if not 0 <= tensor.num_changed <= tensor.num_elements:
-            raise ValueError(f"{tensor.num_changed} changes of {name}")
-        if (tensor.num_changed == 0) != (tensor.xxh3_before == tensor.xxh3_after):
-            raise ValueError(f"{tensor.num_changed} changes and the checksums of {name}")
-        if not tensor.num_changed:
-            return
-        found = [self.arrays[f"{name}.{key}"] for key in _ARRAYS]
-        kinds = [(info.dtype, len(info.shape), info.shape[1:]) for info in found]
-        expected = [("u64", 2, (len(Entry._fields),)), ("u64", 2, (width,)), ("u8", 1, ())]
-        if kinds != expected or found[0].shape[0] != found[1].shape[0]:
-            raise ValueError(f"arrays of {name}")
-
-    def _num_streams(self, tensor: PatchedTensor) -> int:
-        return 1 + len(values.stream_bytes(self.values, ITEMSIZE[tensor.dtype], 0))
-
-    def blocks(self, name: str) -> list[tuple[Entry, list[int]]]:
-        """The table of a tensor: of each block its entry and the sizes of its streams.
-
-        Raises:
-            PatchError: it contradicts itself.
-        """
-        tensor = self.tensors.get(name)
-        if tensor is None or not tensor.num_changed:
-            return []
-        try:
-            columns, width = len(Entry._fields), self._num_streams(tensor)
-            read = [self.arrays[f"{name}.{key}"].read() for key in ("blocks", "sizes")]
-        except CheckpointError as error:
-            raise PatchError(f"{self.path} is damaged at tensor {name}: {error}") from error
-        if table_checksum(*read) != tensor.xxh3_table:
-            raise PatchError(f"{self.path} is damaged: the table of {name} has another checksum")
-        entries = [Entry(*row) for row in read[0].reshape(-1, columns).tolist()]
-        sizes = read[1].reshape(-1, width).tolist()
-        stops = [0, *(entry.stop for entry in entries)]
-        lengths = [stop - start for start, stop in itertools.pairwise(stops)]
-        if (
-            stops[-1] != tensor.num_elements
-            or any(not 0 < length <= MAX_BLOCK for length in lengths)
-            or any(e.num_changed > n for e, n in zip(entries, lengths, strict=True))
-            or any(e.position_bytes > 8 * n for e, n in zip(entries, lengths, strict=True))
-            or sum(entry.num_changed for entry in entries) != tensor.num_changed
-            or sum(map(sum, sizes)) != self.arrays[f"{name}.data"].num_elements
-        ):
-            raise PatchError(
-                f"{self.path} is damaged: the table of tensor {name} contradicts itself"
-            )
-        return [*zip(entries, sizes, strict=True)]
+        return patch
 
     @property
     def num_changed(self) -> int:
@@ -212,11 +189,40 @@ class Patch:
         return self.path.stat().st_size
 
 
-def table_checksum(entries: Bits, sizes: Bits) -> str:
-    """xxh3 (128 bits, hex) of the table of a tensor."""
-    digest = xxhash.xxh3_128(entries.data)
-    digest.update(sizes.data)
-    return digest.hexdigest()
+def _read_index(
+    arrays: dict[str, TensorInfo], content: dict[str, Any]
+) -> tuple[dict[str, PatchedTensor], dict[str, TensorInfo]]:
+    """What the index says of each tensor, and where its blocks are."""
+    said, coding = content["index"], content["values"]
+    if coding not in CODINGS:
+        raise ValueError(f"values are {coding!r}")
+    kinds = {name: (info.dtype, len(info.shape)) for name, info in arrays.items()}
+    if kinds != {"index": ("u8", 1), "data": ("u8", 1)}:
+        raise ValueError(f"arrays {kinds}")
+    if type(said["size_bytes"]) is not int or not 0 <= said["size_bytes"] <= MAX_INDEX:
+        raise ValueError(f"an index of {said['size_bytes']} bytes")
+    stored = arrays["index"].read()
+    if xxhash.xxh3_128_hexdigest(stored.data) != said["xxh3"]:
+        raise ValueError("another checksum of the index")
+    text = blocks.expanded(stored, said["size_bytes"]).tobytes()
+    tensors: dict[str, PatchedTensor] = {}
+    data, offset = {}, 0
+    for row in parse_json(text, unique)["tensors"]:
+        name = check_name(arrays["index"].file, row.pop("name"))
+        if name in tensors:
+            raise ValueError(f"{name} comes twice")
+        one = PatchedTensor.of(row)
+        try:
+            one.check(1 + len(values.stream_bytes(coding, ITEMSIZE[one.dtype], 0)))
+        except ValueError as error:
+            raise ValueError(f"{error} of {name}") from error
+        tensors[name] = one
+        place = arrays["data"].offset + offset
+        data[name] = TensorInfo(name, "u8", (one.data_bytes,), arrays["data"].file, place)
+        offset += one.data_bytes
+    if offset != arrays["data"].num_elements:
+        raise ValueError(f"{arrays['data'].num_elements} bytes of data, {offset} in blocks")
+    return tensors, data
 
 
 class Changes:
@@ -227,17 +233,14 @@ class Changes:
     Args:
         patch: the patch.
         name: a tensor; of one that the patch does not list nothing is changed.
-
-    Raises:
-        PatchError: the table of the tensor contradicts itself.
     """
 
     def __init__(self, patch: Patch, name: str) -> None:
         self.patch = patch
         self.name = name
-        self._table = patch.blocks(name)
-        self._stops = np.array([entry.stop for entry, _ in self._table], np.int64)
-        ends = np.cumsum([0, *(sum(sizes) for _, sizes in self._table)]).tolist()
+        self._blocks = patch.tensors[name].blocks if name in patch.tensors else ()
+        self._stops = np.array([block.stop for block in self._blocks], np.int64)
+        ends = np.cumsum([0, *(sum(block.sizes) for block in self._blocks)]).tolist()
         self._offsets: list[int] = ends
         self._at = -1
         self._block = Block(np.empty(0, np.uint32), np.empty(0, np.uint8))
@@ -253,7 +256,7 @@ class Changes:
         """
         assert stop - start <= MAX_BLOCK
         number = int(np.searchsorted(self._stops, start, side="right"))
-        while number < len(self._table):
+        while number < len(self._blocks):
             begin = int(self._stops[number - 1]) if number else 0
             if begin >= stop:
                 return
@@ -280,18 +283,16 @@ class Changes:
         Raises:
             PatchError: one is damaged.
         """
-        for number in range(len(self._table)):
+        for number in range(len(self._blocks)):
             self._decoded(number, int(self._stops[number - 1]) if number else 0)
 
     def _decoded(self, number: int, start: int) -> Block:
         if number != self._at:
-            entry, sizes = self._table[number]
             dtype = self.patch.tensors[self.name].dtype
-            data = self.patch.arrays[f"{self.name}.data"]
             try:
-                payload = data.read(*self._offsets[number : number + 2])
+                payload = self.patch.data[self.name].read(*self._offsets[number : number + 2])
                 self._block = blocks.decode(
-                    payload, entry, start, sizes, self.patch.values, ITEMSIZE[dtype]
+                    payload, self._blocks[number], start, self.patch.values, ITEMSIZE[dtype]
                 )
             except (PatchError, CheckpointError) as error:
                 raise PatchError(

@@ -1,6 +1,5 @@
 """A checkpoint that is not stored: its base, changed by a patch while it is read."""
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,11 +80,8 @@ def patched(base: Checkpoint, patch: Patch) -> Checkpoint:
         PatchError: a tensor is missing in the base, or of another shape or format there.
     """
     check_fit(base, patch)
-    arrays: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
-    for key, info in patch.arrays.items():
-        arrays[key.rpartition(".")[0]][key] = info
     parts = {
-        name: replace(patch, metadata={}, tensors={name: tensor}, arrays=arrays[name])
+        name: replace(patch, metadata={}, tensors={name: tensor}, data={name: patch.data[name]})
         for name, tensor in patch.tensors.items()
     }
     tensors: dict[str, TensorInfo] = {}

@@ -11,7 +11,6 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from rlsparse.errors import PatchError
 from rlsparse.kernels import FLOATS, cast_bits
@@ -26,7 +25,6 @@ from rlsparse.patch.file import (
     METADATA_KEY,
     Patch,
     PatchedTensor,
-    table_checksum,
 )
 from rlsparse.patch.values import Coding
 from rlsparse.tensor_file import Bits, TensorInfo, atomic_write, bits_dtype, header_bytes
@@ -182,27 +180,23 @@ class PatchBuilder:
 
     def write(self) -> None:
         """Write the file from what the closed tensors gave."""
-        changed = [one for one in self._tensors.values() if one.num_changed]
-        content = {
+        rows = [{"name": name, **one.summary().entry()} for name, one in self._tensors.items()]
+        text = json.dumps({"tensors": rows}, separators=(",", ":")).encode()
+        index = blocks.smaller(np.frombuffer(text, np.uint8), self.compression)
+        said = {
             "version": FORMAT_VERSION,
             "values": self.coding,
             **self._notes,
-            "tensors": {name: one.summary().entry() for name, one in self._tensors.items()},
+            "index": {"size_bytes": len(text), "xxh3": xxhash.xxh3_128_hexdigest(index)},
         }
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-        notes = {METADATA_KEY: text, CHECKSUM_KEY: xxhash.xxh3_128_hexdigest(text.encode())}
-        entries = [
-            (f"{one.name}.{key}", "u64", table.shape)
-            for one in changed
-            for key, table in zip(("blocks", "sizes"), one.tables(), strict=True)
-        ]
-        # Data come last, so that tables lie at multiples of eight.
-        data = [(f"{one.name}.data", "u8", (sum(map(sum, one.sizes)),)) for one in changed]
+        header = json.dumps(said, sort_keys=True, separators=(",", ":"))
+        notes = {METADATA_KEY: header, CHECKSUM_KEY: xxhash.xxh3_128_hexdigest(header.encode())}
+        sizes = {"index": memoryview(index).nbytes, "data": self.spool.tell()}
+        entries = [(name, "u8", (size,)) for name, size in sizes.items()]
         self.spool.seek(0)
         with atomic_write(self.path) as stream:
-            stream.write(header_bytes([*entries, *data], notes))
-            for one in changed:
-                stream.writelines(table.data for table in one.tables())
+            stream.write(header_bytes(entries, notes))
+            stream.write(index)
             shutil.copyfileobj(self.spool, stream, 2**20)
 
 
@@ -219,7 +213,6 @@ class TensorBuilder:
     ) -> None:
         self.name = name
         self.entries: list[Entry] = []
-        self.sizes: list[list[int]] = []
         self._patch = patch
         self._dtype, self._shape, self._part = dtype, tuple(shape), part
         self._checksums = ("", "")
@@ -261,27 +254,22 @@ class TensorBuilder:
         if self._at == self._begun:
             return
         block = Block(*(np.concatenate(part) for part in zip(*self._parts, strict=True)))
-        entry, sizes, streams = blocks.encode(
+        entry, streams = blocks.encode(
             block, self._begun, self._at, coding=self._patch.coding, codec=self._patch.codec,
             compression=self._patch.compression,
         )  # fmt: skip
         for stream in streams:
             self._patch.spool.write(stream)
         self.entries.append(entry)
-        self.sizes.append(sizes)
         self._parts.clear()
         self._begun, self._waiting = self._at, 0
 
     def summary(self) -> PatchedTensor:
-        """What the header says of the tensor."""
-        table = table_checksum(*self.tables()) if self.num_changed else ""
+        """What the index says of the tensor."""
+        entries = tuple(self.entries) if self.num_changed else ()
         return PatchedTensor(
-            self._dtype, self._shape, self.num_changed, *self._checksums, table, self._part
+            self._dtype, self._shape, self.num_changed, *self._checksums, entries, self._part
         )
-
-    def tables(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-        """Entries and sizes of its blocks, as they are stored."""
-        return np.array(self.entries, "<u8"), np.array(self.sizes, "<u8")
 
     @property
     def num_changed(self) -> int:

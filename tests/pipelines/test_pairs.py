@@ -242,7 +242,7 @@ def test_an_error_concerns_its_pair_alone(cluster: str, tmp_path: Path) -> None:
         for seed, name in enumerate(("good", "gone", "cut", "patched", "other"))
     )
     damaged = tmp_path / "damaged.patch.safetensors"
-    info = write(patched, damaged).arrays[f"{QUERY}.data"]
+    info = write(patched, damaged).data[QUERY]
     content = bytearray(damaged.read_bytes())
     content[info.offset] ^= 1
     damaged.write_bytes(content)
