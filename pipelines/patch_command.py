@@ -196,7 +196,7 @@ def export(
 
 
 @app.command()
-def follow(
+def rebuild(
     folder: Annotated[
         Path,
         typer.Argument(metavar="FOLDER", show_default=False, help="Anchors and versions."),
@@ -207,10 +207,10 @@ def follow(
     ] = None,
 ) -> None:
     """Write the checkpoint of a version that a training run sent (rlsparse.weight_sync)."""
-    from rlsparse.weight_sync.receiver import rebuild
+    from rlsparse.weight_sync import rebuild as rebuilding
 
     with _writing(out):
-        reached = rebuild(folder, out, version)
+        reached = rebuilding.rebuild(folder, out, version)
     print(f"{out}: version {reached} of {folder}, all checksums agree")
 
 

@@ -13,7 +13,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -296,10 +296,17 @@ def save_checkpoint(
     Raises:
         CheckpointError: the bits of a tensor do not have the size of its shape.
     """
+    is_new = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
-    write_tensors(path / SINGLE_FILE, tensors, metadata or {"format": "pt"})
-    if extra_files_from:
-        copy_settings(extra_files_from, path)
+    try:
+        write_tensors(path / SINGLE_FILE, tensors, metadata or {"format": "pt"})
+        if extra_files_from:
+            copy_settings(extra_files_from, path)
+    except BaseException:
+        with suppress(OSError):
+            if is_new:
+                path.rmdir()
+        raise
 
 
 def write_tensors(file: Path, tensors: Tensors, metadata: Mapping[str, str]) -> None:

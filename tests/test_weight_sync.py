@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 from synced import adam, bits_of, held, num_different, same, served, tiny, train_step
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from rlsparse.checkpoint import Checkpoint
@@ -23,6 +26,8 @@ from rlsparse.weight_sync.receiver import PatchReceiver
 from rlsparse.weight_sync.scatter import scatter
 from rlsparse.weight_sync.versions import VersionFolder
 from rlsparse.weight_sync.writer import PatchWriter
+
+CPU = torch.device("cpu")
 
 
 def files(folder) -> list[str]:
@@ -416,6 +421,63 @@ def test_arguments_out_of_range():
         PatchWriter(model, "unused", keep=1)
     with pytest.raises(ConfigError, match=r"served are torch\.bfloat16"):
         PatchWriter(model, "unused", dtype=torch.float64)
+    with pytest.raises(ConfigError, match="coding is 'relativ'; did you mean relative"):
+        PatchWriter(model, "unused", coding="relativ")
+
+
+def test_weights_that_became_others_are_refused(tmp_path):
+    model = torch.nn.Linear(2, 3)
+    writer = PatchWriter(model, str(tmp_path), settings_from=str(TINY))
+    start = PatchReceiver.open(tmp_path)
+    model.weight = torch.nn.Parameter(torch.zeros(3, 3))
+    message = r"1 weights .* weight was \[3, 2\], is \[3, 3\]; make a new"
+    for attempt in (writer.step, writer.emit):
+        with pytest.raises(ConfigError, match=message):
+            attempt()
+    model.weight, model.more = None, torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ConfigError, match=r"2 weights .* more was not there, is \[1\]"):
+        writer.emit()
+    assert start.follow() == 0
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process alone."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_names_are_those_of_the_model_whatever_wraps_it(tmp_path, alone):
+    model = tiny()
+    layers = model.model.layers
+    layers[0] = checkpoint_wrapper(layers[0])
+    layers[1] = torch.compile(layers[1])
+    for number, wrapped in enumerate(
+        (
+            model,
+            torch.compile(model),
+            DistributedDataParallel(model),
+            torch.compile(DistributedDataParallel(model)),
+            DistributedDataParallel(torch.compile(model)),
+        )
+    ):
+        PatchWriter(wrapped, tmp_path / str(number)).close()
+        assert same(held(PatchReceiver.open(tmp_path / str(number))), served(tiny()))
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching:UserWarning")
+def test_weights_that_are_held_elsewhere_are_refused(tmp_path, alone):
+    model = torch.nn.Sequential(FullyShardedDataParallel(torch.nn.Linear(4, 4), device_id=CPU))
+    with pytest.raises(ConfigError, match=r"held by FullyShardedDataParallel, .* fully_shard"):
+        PatchWriter(model, tmp_path / "sync")
+    model = torch.nn.Linear(4, 4)
+    model.weight.ds_id = 0  # as DeepSpeed marks them
+    with pytest.raises(ConfigError, match="held by DeepSpeed's ZeRO stage 3"):
+        PatchWriter(model, tmp_path / "sync")
+    assert not (tmp_path / "sync").exists()
 
 
 # --- the same where weights are on a device --------------------------------------------------

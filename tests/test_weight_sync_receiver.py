@@ -20,6 +20,7 @@ from rlsparse.patch.make import make_patch
 from rlsparse.patch.squash import squash
 from rlsparse.tensor_file import save_checkpoint
 from rlsparse.weight_sync.anchors import AnchorPart, write_anchor
+from rlsparse.weight_sync.rebuild import rebuild
 from rlsparse.weight_sync.receiver import PatchReceiver
 from rlsparse.weight_sync.versions import Notes, VersionFolder
 from rlsparse.weight_sync.writer import PatchWriter
@@ -79,7 +80,7 @@ def test_versions_are_applied_once_and_in_order(sent):
     assert not receiver.apply(sent.file(2))
     assert same(held(receiver), sent.seen[NUM_VERSIONS])
     assert receiver.follow() == NUM_VERSIONS
-    receiver.resynchronise(0)
+    receiver.resynchronise(version=0)
     assert same(held(receiver), sent.seen[0])
     receiver.resynchronise()
     assert (receiver.version, same(held(receiver), sent.seen[3])) == (3, True)
@@ -219,6 +220,69 @@ def test_files_under_the_names_of_others_are_refused(sent, tmp_path):
     assert (receiver.version, same(held(receiver), sent.seen[1])) == (1, True)
 
 
+def test_files_that_were_swapped_are_told_by_their_names(sent, tmp_path):
+    """Not as versions that are missing, which are all there."""
+    for version, other in ((1, 2), (2, 1), (3, 3)):
+        shutil.copy(sent.file(version), tmp_path / sent.file(other).name)
+    receiver = PatchReceiver.from_checkpoint(TINY, tmp_path)
+    with pytest.raises(PatchError, match=r"version-000001.* has version 2, not the one of its nam"):
+        receiver.follow()
+    assert (receiver.version, same(held(receiver), sent.seen[0])) == (0, True)
+
+
+def test_paths_may_be_text(sent, tmp_path):
+    receiver = PatchReceiver.open(str(sent.path), 0)
+    assert receiver.apply(str(sent.file(1)))
+    assert receiver.apply([str(sent.file(2))])
+    receiver.save(str(tmp_path / "out"))
+    assert same(stored(tmp_path / "out"), sent.seen[2])
+    again = PatchReceiver(receiver.tensors, version=2, settings_from=str(TINY))
+    again.save(tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").exists()
+
+
+def stored(folder: Path) -> dict[str, np.ndarray]:
+    checkpoint = Checkpoint.open(folder)
+    return {name: checkpoint.read_bits(name).ravel() for name in checkpoint.tensors}
+
+
+@pytest.mark.parametrize("version", [0, 2, 3, 4, None])
+def test_the_checkpoint_of_any_version(sent, tmp_path, version):
+    reached = rebuild(str(sent.path), str(tmp_path / "out"), version)
+    assert reached == (NUM_VERSIONS if version is None else version)
+    assert same(stored(tmp_path / "out"), sent.seen[reached])
+    assert (tmp_path / "out" / "config.json").read_bytes() == (TINY / "config.json").read_bytes()
+
+
+def test_a_version_that_cannot_be_rebuilt(sent, tmp_path):
+    out = tmp_path / "out"
+    for version in (5, -1):
+        with pytest.raises(PatchError, match=rf"has no way to version {version}; give one from 0"):
+            rebuild(sent.path, out, version)
+    late = shutil.copytree(sent.path, tmp_path / "late")
+    shutil.rmtree(VersionFolder(late).anchor(0))
+    with pytest.raises(PatchError, match=r"has no way to version 2; give one from 3 to 4$"):
+        rebuild(late, out, 2)
+    shutil.rmtree(VersionFolder(late).anchor(3))
+    with pytest.raises(PatchError, match="no whole anchor to begin at; give the folder that a Pat"):
+        rebuild(late, out)
+    assert not out.exists()
+    (out / "mine").mkdir(parents=True)
+    with pytest.raises(PatchError, match="not an empty folder"):
+        rebuild(sent.path, out)
+
+
+def test_what_cannot_be_called_is_refused_before_anything_is_done(sent):
+    receiver = PatchReceiver.open(sent.path, 0)
+    for attempt in (receiver.follow, receiver.hand_out, receiver.resynchronise):
+        with pytest.raises(PatchError, match=r"on_change is 3; give a function"):
+            attempt(3)
+    with pytest.raises(PatchError, match="on_change is"):
+        receiver.apply(sent.file(1), {"w": 1})
+    refused(receiver, [], "no patch is given")
+    assert (receiver.version, same(held(receiver), sent.seen[0])) == (0, True)
+
+
 def test_memory_that_fails_is_noticed_and_ends_in_an_anchor(sent):
     """A bit of the copy flips, of which the checksum is known already."""
     receiver = PatchReceiver.open(sent.path, 0)
@@ -231,7 +295,7 @@ def test_memory_that_fails_is_noticed_and_ends_in_an_anchor(sent):
             attempt()
     with pytest.raises(PatchError, match="of no version"):
         receiver.save(sent.path / "never")
-    receiver.resynchronise(0)
+    receiver.resynchronise(version=0)
     assert receiver.follow() == NUM_VERSIONS
     assert same(held(receiver), sent.seen[NUM_VERSIONS])
 

@@ -1,11 +1,14 @@
 """Live weights as they are served: what a worker holds of them, and what changed since a copy."""
 
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
 
 from rlsparse import distributed, sharded
 from rlsparse.errors import ConfigError
@@ -17,6 +20,9 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 """Number formats that can be served, and their short names."""
 INTEGERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 SIGNED = {np.dtype(np.uint16): np.int16, np.dtype(np.uint32): np.int32}
+
+_WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module)\.")
+"""What ``torch.compile`` and activation checkpointing put into the names of a module's weights."""
 
 PIECE = 2**18
 """Weights of a piece: small enough that what is cast is compared while it is in the cache."""
@@ -47,6 +53,25 @@ class Held(NamedTuple):
     weights: torch.Tensor
 
 
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The module that DDP or ``torch.compile`` wraps, whose names are those of its checkpoints.
+
+    Raises:
+        ConfigError: weights lie flat, as FSDP1 has them, or elsewhere (ZeRO-3).
+    """
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        is_parallel = isinstance(model, DistributedDataParallel)
+        model = model.get_submodule("module" if is_parallel else "_orig_mod")
+    is_flat = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    if is_flat or any(hasattr(weight, "ds_id") for weight in model.parameters()):
+        what = "FullyShardedDataParallel" if is_flat else "DeepSpeed's ZeRO stage 3"
+        raise ConfigError(
+            f"the model's weights are held by {what}, not in its own tensors; a PatchWriter takes "
+            "a model as it is, under DistributedDataParallel, or split by fully_shard(model)"
+        )
+    return model
+
+
 def is_split(model: torch.nn.Module) -> bool:
     """Whether each worker holds a part of the weights alone."""
     return any(isinstance(weight, DTensor) for weight in model.parameters())
@@ -58,12 +83,13 @@ def held(model: torch.nn.Module) -> Iterator[Held]:
     Raises:
         ConfigError: weights are split otherwise than by rows over all workers.
     """
+    named = [(_WRAPPERS.sub("", name), weight) for name, weight in model.named_parameters()]
     if not is_split(model):
-        for name, weight in model.named_parameters():
+        for name, weight in named:
             yield Held(name, tuple(weight.shape), 0, weight.detach().reshape(-1))
         return
     sharded.split(model)
-    for name, weight in model.named_parameters():
+    for name, weight in named:
         shape = tuple(weight.shape)
         if not isinstance(weight, DTensor):  # all have all of it, the first gives it
             start = 0 if distributed.rank() == 0 else weight.numel()

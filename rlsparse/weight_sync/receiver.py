@@ -57,13 +57,13 @@ class PatchReceiver:
         version: int = 0,
         stream: str | None = None,
         folder: VersionFolder | None = None,
-        settings_from: Path | None = None,
+        settings_from: str | Path | None = None,
     ) -> None:
         self.tensors = tensors
         self.version = version
         self.stream = stream
         self._folder = folder
-        self._settings_from = settings_from
+        self._settings_from = None if settings_from is None else Path(settings_from)
         self._is_broken = False
 
     @classmethod
@@ -79,7 +79,7 @@ class PatchReceiver:
             PatchError: no such anchor, or it is damaged.
         """
         receiver = cls({}, folder=VersionFolder(Path(folder)))
-        receiver.resynchronise(version)
+        receiver.resynchronise(version=version)
         return receiver
 
     @classmethod
@@ -124,19 +124,19 @@ class PatchReceiver:
             CheckpointError: the folder is gone.
         """
         while step := self._next(math.inf if until is None else until):
-            version, files, go_on = step
+            version, files, is_anchor = step
             try:
-                go_on(files, on_change)
+                if is_anchor:
+                    self._load(files, on_change)
+                else:
+                    self._apply(files, on_change, version)
             except PatchError:
                 if self._is_broken or all(file.exists() for file in files):
-                    raise
-                continue  # They were cleaned away in the meantime: look again.
-            if self.version < version:  # a copy of an earlier one: it would be taken for ever
-                raise PatchError(_misnamed(files[0], self.version))
+                    raise  # else they were cleaned away in the meantime: look again
         return self.version
 
-    def _next(self, until: float) -> tuple[int, list[Path], Callable[..., Any]] | None:
-        """The version to take next, its files, and what takes them."""
+    def _next(self, until: float) -> tuple[int, list[Path], bool] | None:
+        """The version to take next, its files, and whether they are an anchor."""
         folder = self._known_folder()
         if until == math.inf and (found := self._newer_run(folder.anchors())):
             return found
@@ -145,12 +145,10 @@ class PatchReceiver:
             for found in (folder.patches(), folder.anchors())
         )
         if self.version + 1 not in patches and anchors:
-            return max(anchors), anchors[max(anchors)], self._load
-        return (min(patches), patches[min(patches)], self.apply) if patches else None
+            return max(anchors), anchors[max(anchors)], True
+        return (min(patches), patches[min(patches)], False) if patches else None
 
-    def _newer_run(
-        self, anchors: dict[int, list[Path]]
-    ) -> tuple[int, list[Path], Callable[..., Any]] | None:
+    def _newer_run(self, anchors: dict[int, list[Path]]) -> tuple[int, list[Path], bool] | None:
         """The last anchor, if another run wrote it: each begins with one, so that run is newer."""
         if not anchors or self.stream is None:
             return None
@@ -159,9 +157,11 @@ class PatchReceiver:
             notes = Notes.of(files[0], read_header(files[0])[1])
         except (PatchError, CheckpointError):
             return None  # it was cleaned away in the meantime, or is damaged
-        return None if notes.stream == self.stream else (version, files, self._load)
+        return None if notes.stream == self.stream else (version, files, True)
 
-    def apply(self, files: Path | Sequence[Path], on_change: OnChange | None = None) -> bool:
+    def apply(
+        self, files: str | Path | Sequence[str | Path], on_change: OnChange | None = None
+    ) -> bool:
         """Go on to the version that a patch leads to; all is checked before anything is changed.
 
         Args:
@@ -177,9 +177,17 @@ class PatchReceiver:
                 the version here; nothing is changed. Or the result has other checksums, which
                 memory that fails would explain: then all is refused until ``resynchronise``.
         """
-        files = [files] if isinstance(files, Path) else [*files]
+        given = [files] if isinstance(files, str | Path) else files
+        return self._apply([Path(file) for file in given], on_change)
+
+    def _apply(
+        self, files: list[Path], on_change: OnChange | None, expected: int | None = None
+    ) -> bool:
+        """``apply``, of files that are ``expected`` to lead to a version."""
         patches = [Patch.open(file) for file in files]
         notes = self._checked_notes(patches)
+        if expected not in (None, notes.version):
+            raise PatchError(_misnamed(files[0], notes.version))
         if notes.version <= self.version:
             return False
         self._check_base(files[0], notes)
@@ -201,6 +209,8 @@ class PatchReceiver:
                 f"an earlier patch left the weights after version {self.version} in an unknown "
                 f"state: {self._remedy()}"
             )
+        if not patches:
+            raise PatchError("no patch is given: give that of a version, or all of its parts")
         notes = [Notes.of(patch.path, patch.metadata) for patch in patches]
         first = notes[0]
         if {(n.version, n.base_version, n.stream, n.part[1]) for n in notes} != {
@@ -288,12 +298,14 @@ class PatchReceiver:
 
     # --- all at once -----------------------------------------------------------------------------
 
-    def resynchronise(self, version: int | None = None, on_change: OnChange | None = None) -> None:
+    def resynchronise(
+        self, on_change: OnChange | None = None, *, version: int | None = None
+    ) -> None:
         """Begin again at an anchor of the folder, whatever is here.
 
         Args:
-            version: of the anchor; None takes the newest.
             on_change: gets all weights.
+            version: of the anchor; None takes the newest.
 
         Raises:
             PatchError: no such anchor, or it is damaged; what is here stays.
@@ -334,7 +346,7 @@ class PatchReceiver:
                 bits = tensor.bits[start : start + _ALL_PIECE]
                 yield name, np.arange(start, start + bits.size), bits
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write the checkpoint of this version, with the configuration files of the anchor.
 
         Raises:
@@ -342,6 +354,7 @@ class PatchReceiver:
         """
         if self._is_broken:
             raise PatchError(f"the weights here are of no version: {self._remedy()}")
+        folder = Path(folder)
         check_empty(folder)
         tensors = {name: (one.dtype, one.shape, one.bits) for name, one in self.tensors.items()}
         save_checkpoint(folder, tensors, None, self._settings_from)
@@ -355,36 +368,11 @@ class PatchReceiver:
         return self._folder
 
 
-def rebuild(folder: Path, out: Path, version: int | None = None) -> int:
-    """Write the checkpoint of a version from the last anchor before it and the patches since.
-
-    Args:
-        folder: the one that a ``PatchWriter`` writes.
-        out: folder to write, empty or not there.
-        version: None takes the newest.
-
-    Returns:
-        The version.
-
-    Raises:
-        PatchError: the version is not there, what leads to it is damaged, or ``out`` is not empty.
-        CheckpointError: there is no folder.
-    """
-    check_empty(out)
-    place = VersionFolder(folder)
-    known = sorted({*place.anchors(), *place.patches()})
-    before = [anchor for anchor in place.anchors() if version is None or anchor <= version]
-    if not before or version not in (None, *known):
-        wanted = "no anchor to begin at" if version is None else f"no way to version {version}"
-        span = f"versions {known[0]} to {known[-1]}" if known else "nothing"
-        raise PatchError(f"{folder} has {wanted}; there: {span}")
-    receiver = PatchReceiver.open(folder, before[-1])
-    receiver.follow(until=version)
-    receiver.save(out)
-    return receiver.version
-
-
 def _check_engine(on_change: OnChange | None, tensors: dict[str, HostTensor]) -> None:
+    if on_change is not None and not callable(on_change):
+        raise PatchError(
+            f"on_change is {on_change!r}; give a function (name, positions, bits), or scatter(...)"
+        )
     if check := getattr(on_change, "check", None):
         check(tensors)
 

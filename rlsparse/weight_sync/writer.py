@@ -22,13 +22,13 @@ import torch
 import xxhash
 
 from rlsparse import distributed
-from rlsparse.errors import ConfigError, RlsparseWarning, StorageError
+from rlsparse.errors import ConfigError, RlsparseWarning, StorageError, nearest
 from rlsparse.patch import Patch, new_patch
-from rlsparse.patch.values import Coding
+from rlsparse.patch.values import CODINGS, Coding
 from rlsparse.tensor_file import Bits
 from rlsparse.weight_sync import live
 from rlsparse.weight_sync.anchors import AnchorPart, Region, write_anchor
-from rlsparse.weight_sync.live import PIECE, Found
+from rlsparse.weight_sync.live import PIECE, Found, Held
 from rlsparse.weight_sync.versions import Notes, VersionFolder
 
 Changed = dict[str, list[Found]]
@@ -82,8 +82,9 @@ class PatchWriter:
     on a device; besides, until the next version, 6 bytes per bf16 weight that changed.
 
     Args:
-        model: at its weights before training, in place (moved and split); the module itself, not
-            one that wraps it, as names are those of ``named_parameters``.
+        model: at its weights before training, in place (moved and split). Names are those of
+            ``named_parameters``, without what DDP, ``torch.compile`` and activation checkpointing
+            put into them.
         folder: made if need be.
         every: steps from version to version, when ``step`` is called after each.
         dtype: the format that is served: bfloat16, float16 or float32.
@@ -99,7 +100,7 @@ class PatchWriter:
         emissions: all that were, apart from the first anchor.
 
     Raises:
-        ConfigError: an argument is out of range, or weights are split in another way.
+        ConfigError: an argument is out of range, or weights are split or held in another way.
         StorageError: the first anchor cannot be written.
     """
 
@@ -113,7 +114,7 @@ class PatchWriter:
         anchor_every: int | None = None,
         keep: int | None = None,
         coding: Coding = "relative",
-        settings_from: Path | None = None,
+        settings_from: str | Path | None = None,
     ) -> None:
         for name, value in (("every", every), ("anchor_every", anchor_every), ("keep", keep)):
             if value is not None and value < 1:
@@ -124,11 +125,14 @@ class PatchWriter:
             )
         if dtype not in live.DTYPES:
             raise ConfigError(f"dtype is {dtype}; served are {', '.join(map(str, live.DTYPES))}")
+        if coding not in CODINGS:
+            raise ConfigError(f"coding is {coding!r}; {nearest(str(coding), CODINGS)}")
+        model = live.unwrapped(model)
         self.emissions: list[Emission] = []
         self._model, self._dtype, self._coding = model, dtype, coding
         self._folder = VersionFolder(Path(folder))
         self._every, self._anchor_every, self._keep = every, anchor_every, keep
-        self._settings_from = settings_from
+        self._settings_from = None if settings_from is None else Path(settings_from)
         is_split = live.is_split(model)
         self._part = (distributed.rank() + 1, distributed.num_workers()) if is_split else (1, 1)
         self._is_idle = not is_split and distributed.rank() > 0
@@ -147,6 +151,9 @@ class PatchWriter:
         """Count an optimizer step; after every so many, send what changed.
 
         One that could not be written is warned of when the next is due.
+
+        Raises:
+            ConfigError: the writer was closed, or the model has other weights than at its begin.
         """
         self._check_open()
         self._steps += 1
@@ -168,7 +175,7 @@ class PatchWriter:
 
         Raises:
             StorageError: it cannot be written; the next version will have its changes.
-            ConfigError: the writer was closed.
+            ConfigError: as ``step``.
         """
         self._check_open()
         if self._is_idle:
@@ -231,9 +238,9 @@ class PatchWriter:
         """Compare, take what changed to the host, and have it written in a thread."""
         self._settle()
         begun = time.perf_counter()
-        changed = {
-            name: [*self._find(name, weights)] for name, _, _, weights in live.held(self._model)
-        }
+        weights = {one.name: one for one in live.held(self._model)}
+        self._check_same(weights)
+        changed = {name: [*self._find(name, one.weights)] for name, one in weights.items()}
         count = sum(found.positions.size for pieces in changed.values() for found in pieces)
         compare_s = time.perf_counter() - begun
         notes = replace(self._notes(self.version), version=self.version + 1)
@@ -244,6 +251,26 @@ class PatchWriter:
         done = pool.submit(self._write, notes, changed, emission, anchors)
         pool.shutdown(wait=False)
         self._pending = _Pending(notes, changed, emission, anchors, done)
+
+    def _check_same(self, weights: dict[str, Held]) -> None:
+        """Refuse other weights than those that were sent first."""
+        now = {
+            name: (one.shape, (one.start, one.start + one.weights.numel()))
+            for name, one in weights.items()
+        }
+        others = {
+            name for name in now.keys() | self._regions if now.get(name) != self._regions.get(name)
+        }
+        if others:
+            name = min(others)
+            here, began = (
+                str(list(known[name][0])) if name in known else "not there"
+                for known in (now, self._regions)
+            )
+            raise ConfigError(
+                f"{len(others)} weights of the model are others than when this PatchWriter was "
+                f"made: {name} was {began}, is {here}; make a new one after such changes"
+            )
 
     def _find(self, name: str, weights: torch.Tensor) -> Iterator[Found]:
         if live.is_on_host(weights):

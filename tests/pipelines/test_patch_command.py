@@ -219,7 +219,7 @@ def test_what_cannot_be_written_is_one_line(run, pair: Pair, tmp_path: Path) -> 
         ("out", ("apply", "before", P)),
         (P, ("squash", P)),
         ("plain.safetensors", ("export", P, "--base", "before")),
-        ("out", ("follow", "sync")),
+        ("out", ("rebuild", "sync")),
     ):
         message = f"cannot write /proc/{name}: [^\n]+; free space there, or give another -o$"
         with pytest.raises(StorageError, match=message):
